@@ -1,0 +1,154 @@
+//! The queue's contract: what a store keeps, and what the rest of the program may ask of it.
+//!
+//! Owns the types; [`sqlite`] and [`postgres`] keep the rows. Every change is one short
+//! transaction: a claim is a lease, never a delete, and nothing is held while a request is sent.
+
+pub mod migrate;
+pub mod poller;
+pub mod postgres;
+pub mod settler;
+pub mod sqlite;
+pub mod writer;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::request::Request;
+use crate::settle::{Failure, Verdict};
+
+/// Rows in one claim, one insert or one settlement, at most.
+pub const BATCH_ROWS_MAX: usize = 500;
+
+/// Where requests wait. All durations count from the store's own clock, so that several
+/// instances on one store need not agree on the time.
+pub trait Store: fmt::Debug + Send + Sync {
+    /// Commits all rows or none. A row whose id is already there is left as it is, so a
+    /// caller who does not know whether the last try was committed may simply repeat it.
+    ///
+    /// # Errors
+    /// [`StoreError`]; the rows may have been committed if the connection broke during the commit.
+    fn append(&self, rows: &[NewRow]) -> Result<(), StoreError>;
+
+    /// Leases up to `limit` rows that are due, oldest due first (in any order without
+    /// `db.use_index`): counts the attempt and hides the row for `lease`.
+    /// A row that cannot be read is moved to the dead letters instead.
+    ///
+    /// # Errors
+    /// [`StoreError`]; rows leased all the same are due again when the lease is over.
+    fn claim(&self, limit: usize, lease: Duration) -> Result<Claim, StoreError>;
+
+    /// Carries out what was decided about claimed rows. A settlement that does not match the
+    /// row's current attempt changes nothing: someone else has claimed it since.
+    ///
+    /// # Errors
+    /// [`StoreError`]; repeating the batch is safe.
+    fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError>;
+
+    /// Counts the rows. Costs a scan: for a sampler, not for every scrape.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn sample(&self) -> Result<Sample, StoreError>;
+}
+
+/// A row to be appended.
+#[derive(Debug, Clone)]
+pub struct NewRow {
+    pub request: Arc<Request>,
+    /// Attempts made so far.
+    pub attempt: u32,
+    pub fate: Fate,
+}
+
+/// Where an appended row goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// Waits, and is due `after` from now. `failure` tells how the last attempt ended.
+    Due {
+        after: Duration,
+        failure: Option<Failure>,
+    },
+    /// Straight to the dead letters.
+    Dead(Failure),
+}
+
+/// The result of one claim.
+#[derive(Debug, Default)]
+pub struct Claim {
+    pub rows: Vec<Claimed>,
+    /// Rows moved to the dead letters because they could not be read.
+    pub unreadable: u64,
+}
+
+/// A leased row. `attempt` counts the one to be made now: at least 1.
+#[derive(Debug, Clone)]
+pub struct Claimed {
+    pub request: Request,
+    pub attempt: u32,
+}
+
+/// What was decided about one claimed row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settlement {
+    pub id: Uuid,
+    /// The attempt that the claim counted: names the lease this settles.
+    pub attempt: u32,
+    pub decision: Decision,
+}
+
+/// See [`Settlement`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// An attempt was made.
+    Attempted(Verdict),
+    /// No attempt was made: due at once, and the attempt is not counted.
+    Release,
+}
+
+/// Rows changed by a [`Store::settle`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Settled {
+    pub delivered: u64,
+    pub later: u64,
+    pub buried: u64,
+    pub released: u64,
+    /// Settlements that matched no row: claimed by another since, or settled before.
+    pub stale: u64,
+}
+
+/// How many rows there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// Due now or later, not leased.
+    pub waiting: u64,
+    pub leased: u64,
+    pub dead: u64,
+    /// Time since receipt of the oldest row that waits or is leased.
+    pub oldest: Option<Duration>,
+}
+
+/// Why a store did not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreError {
+    /// No connection to it, or none in time.
+    Unavailable(String),
+    /// Reached, but it failed or refused.
+    Failed(String),
+    /// Opened, but its schema is not one this version can work with. Needs the operator.
+    Schema(String),
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StoreError::Unavailable(why) => write!(f, "store not available: {why}"),
+            StoreError::Failed(why) => write!(f, "store failed: {why}"),
+            StoreError::Schema(why) => write!(f, "store schema: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for StoreError {}
