@@ -1,1 +1,209 @@
-//! poller
+//! Claims due rows and hands them to the queue workers. Never sends them.
+//!
+//! Claims as many as the token bucket, the workers' room and the lease allow. An empty queue is
+//! looked at with a growing pause; a row stored by this process wakes the poller at once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+
+use super::health::StoreHealth;
+use super::{BATCH_ROWS_MAX, Store};
+use crate::budget::Budget;
+use crate::limiter::TokenBucket;
+use crate::metrics::Metrics;
+use crate::worker::Delivery;
+
+/// Pauses between looks at an empty queue, or at a store that does not work.
+const PAUSE_MIN: Duration = Duration::from_millis(10);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// What a lease has beyond `proxy.request_timeout`: half of it for waiting until a worker is
+/// free, the rest for settling.
+pub const LEASE_MARGIN: Duration = Duration::from_secs(30);
+
+/// Tells the poller that there may be something to claim.
+#[derive(Debug, Clone)]
+pub struct Wake(Sender<()>);
+
+impl Wake {
+    /// A wake, and where its calls arrive.
+    pub fn new() -> (Wake, Receiver<()>) {
+        let (sender, receiver) = bounded(1);
+        (Wake(sender), receiver)
+    }
+
+    pub fn wake(&self) {
+        // Full: it has been told already.
+        let _ = self.0.try_send(());
+    }
+}
+
+/// Counts the rows claimed and not yet through with: bounds how many more are claimed.
+#[derive(Debug)]
+pub struct Room {
+    claimed: AtomicUsize,
+    limit: usize,
+    wake: Wake,
+}
+
+impl Room {
+    /// Room for each worker's row and for one more each, so that no worker waits for a claim.
+    pub fn new(workers: usize, wake: Wake) -> Room {
+        Room {
+            claimed: AtomicUsize::new(0),
+            limit: 2 * workers,
+            wake,
+        }
+    }
+
+    /// How many rows fit; 0 until a fair batch does, so that claims stay large under load.
+    fn available(&self) -> usize {
+        let free = self
+            .limit
+            .saturating_sub(self.claimed.load(Ordering::Acquire));
+        if free >= self.batch_min() { free } else { 0 }
+    }
+
+    fn batch_min(&self) -> usize {
+        (self.limit / 4).max(1)
+    }
+
+    fn enter(&self) {
+        self.claimed.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// A worker is through with a row.
+    pub fn leave(&self) {
+        let claimed = self.claimed.fetch_sub(1, Ordering::AcqRel) - 1;
+        if claimed == self.limit - self.batch_min() {
+            self.wake.wake();
+        }
+    }
+}
+
+/// The claiming thread.
+#[derive(Debug)]
+pub struct Poller {
+    pub store: Arc<dyn Store>,
+    pub health: Arc<StoreHealth>,
+    pub metrics: Arc<Metrics>,
+    pub budget: Arc<Budget>,
+    pub room: Arc<Room>,
+    pub per_second: u32,
+    pub request_timeout: Duration,
+    pub woken: Receiver<()>,
+    /// Closed to make the poller stop claiming.
+    pub stop: Receiver<()>,
+    pub deliveries: Sender<Delivery>,
+}
+
+impl Poller {
+    /// Runs until `stop` is closed.
+    pub fn run(self) {
+        let mut bucket = TokenBucket::new(self.per_second, Instant::now());
+        let mut pause = PAUSE_MIN;
+        loop {
+            let tokens = bucket.available(Instant::now()) as usize;
+            let limit = self.room.available().min(tokens).min(BATCH_ROWS_MAX);
+            let claimed = if limit == 0 { 0 } else { self.claim(limit) };
+            // At most one second's worth, which fits into u32.
+            bucket.take(u32::try_from(claimed).unwrap_or(u32::MAX));
+            let wait = if limit == 0 {
+                // For room a worker wakes us; for a token nobody does.
+                self.wait_for_tokens(&mut bucket).unwrap_or(PAUSE_MAX)
+            } else if claimed == limit {
+                pause = PAUSE_MIN;
+                Duration::ZERO
+            } else {
+                pause = if claimed == 0 {
+                    (pause * 2).min(PAUSE_MAX)
+                } else {
+                    PAUSE_MIN
+                };
+                pause
+            };
+            if self.is_stopped(wait, &mut pause) {
+                return;
+            }
+        }
+    }
+
+    /// Until a twentieth of a second's tokens are there: 20 claims a second are enough.
+    fn wait_for_tokens(&self, bucket: &mut TokenBucket) -> Option<Duration> {
+        let wait = bucket.wait_for((self.per_second / 20).max(1), Instant::now());
+        (!wait.is_zero()).then_some(wait)
+    }
+
+    /// Waits, unless woken; tells whether to stop.
+    fn is_stopped(&self, wait: Duration, pause: &mut Duration) -> bool {
+        if self.stop.try_recv() == Err(crossbeam_channel::TryRecvError::Disconnected) {
+            return true;
+        }
+        if wait.is_zero() {
+            return false;
+        }
+        crossbeam_channel::select! {
+            recv(self.stop) -> _ => return true,
+            recv(self.woken) -> _ => *pause = PAUSE_MIN,
+            default(wait) => {}
+        }
+        false
+    }
+
+    fn claim(&self, limit: usize) -> usize {
+        let lease = self.request_timeout + LEASE_MARGIN;
+        // The lease began no sooner than this.
+        let send_until = Instant::now() + LEASE_MARGIN / 2;
+        let result = self.store.claim(limit, lease);
+        let Ok(claim) = self.health.note("claim", result, &self.metrics) else {
+            return 0;
+        };
+        self.metrics.unreadable.inc_by(claim.unreadable);
+        let count = claim.rows.len();
+        if count > 0 {
+            #[expect(clippy::cast_precision_loss, reason = "at most BATCH_ROWS_MAX")]
+            self.metrics.batch_claim.observe(count as f64);
+        }
+        for row in claim.rows {
+            let permit = self.budget.holding(row.request.body.len());
+            self.room.enter();
+            let delivery = Delivery::claimed(row, permit, send_until);
+            // The channel has room for all that `room` admits. With no worker left the row is
+            // let go, and due again after its lease.
+            if self.deliveries.send(delivery).is_err() {
+                self.room.leave();
+            }
+        }
+        count
+    }
+}
+
+/// Counts the rows now and then, so that no scrape has to.
+#[derive(Debug)]
+pub struct Sampler {
+    pub store: Arc<dyn Store>,
+    pub health: Arc<StoreHealth>,
+    pub metrics: Arc<Metrics>,
+    pub stop: Receiver<()>,
+}
+
+impl Sampler {
+    /// Runs until `stop` is closed.
+    pub fn run(self) {
+        let mut wait = Duration::ZERO;
+        while self.stop.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
+            let started = Instant::now();
+            // A store that does not work is for the poller to try.
+            if self.health.fault().is_none()
+                && let Ok(sample) = self.store.sample()
+            {
+                self.metrics.sampled(&sample);
+            }
+            // A count of a long queue takes its time: at most a twentieth of all time.
+            wait = (20 * started.elapsed()).max(Duration::from_secs(1));
+        }
+    }
+}

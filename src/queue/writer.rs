@@ -1,1 +1,154 @@
-//! writer
+//! Group commit: one thread appends all rows that wait in one insert and one commit, and then
+//! releases everyone who waits for it. Under load a commit carries hundreds of rows; idle, it
+//! carries one at once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use super::health::StoreHealth;
+use super::poller::Wake;
+use super::{BATCH_ROWS_MAX, Fate, NewRow, Store, StoreError};
+use crate::metrics::Metrics;
+
+/// Body and header bytes after which a batch takes no more rows.
+const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// A row on its way to the store, and whoever waits for it.
+#[derive(Debug)]
+struct Append {
+    row: NewRow,
+    /// Set by whoever comes first: the writer that starts on it, or the waiter who gives up.
+    taken: Arc<AtomicBool>,
+    committed: Sender<Result<(), StoreError>>,
+}
+
+/// The side of those who want rows stored.
+#[derive(Debug, Clone)]
+pub struct Appender {
+    appends: Sender<Append>,
+    health: Arc<StoreHealth>,
+    timeout: Duration,
+}
+
+impl Appender {
+    /// Stores a row; returns once it is committed.
+    ///
+    /// # Errors
+    /// At once while the store is known not to work; else the store's error, or that there was
+    /// no answer within `db.timeout`. In that last case the row may be committed later all the
+    /// same, which makes it a duplicate at worst.
+    pub fn append(&self, row: NewRow) -> Result<(), StoreError> {
+        match self.health.fault() {
+            Some(fault) => Err(fault),
+            None => self.append_anyway(row),
+        }
+    }
+
+    /// As [`Appender::append`], but tries even if the store did not work a moment ago.
+    ///
+    /// # Errors
+    /// The store's error, or that there was no answer within `db.timeout`.
+    pub fn append_anyway(&self, row: NewRow) -> Result<(), StoreError> {
+        let deadline = Instant::now() + self.timeout;
+        let taken = Arc::new(AtomicBool::new(false));
+        let (committed, answer) = bounded(1);
+        let append = Append {
+            row,
+            taken: Arc::clone(&taken),
+            committed,
+        };
+        let late = || StoreError::Unavailable(format!("no commit within {:?}", self.timeout));
+        self.appends
+            .send_deadline(append, deadline)
+            .map_err(|_| late())?;
+        answer.recv_deadline(deadline).unwrap_or_else(|_| {
+            // Not started on: it never will be. Else its end is not known.
+            taken.store(true, Ordering::Relaxed);
+            Err(late())
+        })
+    }
+}
+
+/// The thread's side.
+#[derive(Debug)]
+pub struct Writer {
+    pub store: Arc<dyn Store>,
+    pub health: Arc<StoreHealth>,
+    pub metrics: Arc<Metrics>,
+    pub wake: Wake,
+    appends: Receiver<Append>,
+}
+
+impl Writer {
+    /// A writer, and the way to hand it rows. `timeout` bounds the wait of each appender.
+    pub fn new(
+        store: Arc<dyn Store>,
+        health: Arc<StoreHealth>,
+        metrics: Arc<Metrics>,
+        wake: Wake,
+        timeout: Duration,
+    ) -> (Writer, Appender) {
+        let (sender, receiver) = bounded(2 * BATCH_ROWS_MAX);
+        let appender = Appender {
+            appends: sender,
+            health: Arc::clone(&health),
+            timeout,
+        };
+        let writer = Writer {
+            store,
+            health,
+            metrics,
+            wake,
+            appends: receiver,
+        };
+        (writer, appender)
+    }
+
+    /// Runs until the last [`Appender`] is gone and all it has sent is stored.
+    pub fn run(self) {
+        while let Ok(first) = self.appends.recv() {
+            let (rows, waiting) = self.gather(first);
+            if !rows.is_empty() {
+                self.commit(&rows, &waiting);
+            }
+        }
+    }
+
+    fn gather(&self, first: Append) -> (Vec<NewRow>, Vec<Sender<Result<(), StoreError>>>) {
+        let (mut rows, mut waiting, mut bytes) = (Vec::new(), Vec::new(), 0);
+        for append in std::iter::once(first).chain(self.appends.try_iter()) {
+            if append.taken.swap(true, Ordering::Relaxed) {
+                // Its waiter has given up and found another way.
+                continue;
+            }
+            let request = &append.row.request;
+            bytes += request.body.len() + request.headers.as_bytes().len() + request.target.len();
+            rows.push(append.row);
+            waiting.push(append.committed);
+            if rows.len() >= BATCH_ROWS_MAX || bytes >= BATCH_BYTES_MAX {
+                break;
+            }
+        }
+        (rows, waiting)
+    }
+
+    fn commit(&self, rows: &[NewRow], waiting: &[Sender<Result<(), StoreError>>]) {
+        let result = self.store.append(rows);
+        let result = self.health.note("append", result, &self.metrics);
+        if result.is_ok() {
+            #[expect(clippy::cast_precision_loss, reason = "at most BATCH_ROWS_MAX")]
+            self.metrics.batch_append.observe(rows.len() as f64);
+        }
+        for committed in waiting {
+            // A waiter who has given up meanwhile is told nothing: it counts on nothing.
+            let _ = committed.send(result.clone());
+        }
+        let due_now = |row: &NewRow| matches!(row.fate, Fate::Due { after, .. } if after.is_zero());
+        if result.is_ok() && rows.iter().any(due_now) {
+            self.wake.wake();
+        }
+    }
+}

@@ -1,0 +1,404 @@
+//! The composition root: builds the pipeline, starts it, waits, and drains it. The only module
+//! that knows all the others.
+
+use std::fmt;
+use std::io;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded, select};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::admission::Admission;
+use crate::budget::Budget;
+use crate::config::{Acceptor as AcceptorKind, Config, Database};
+use crate::control::{self, Control};
+use crate::descriptors;
+use crate::drain::Drain;
+use crate::intake::{Intake, tiny_http};
+use crate::metrics::Metrics;
+use crate::queue::Store;
+use crate::queue::health::StoreHealth;
+use crate::queue::poller::{Poller, Room, Sampler, Wake};
+use crate::queue::postgres::PostgresStore;
+use crate::queue::settler::{Settlements, Settler};
+use crate::queue::sqlite::SqliteStore;
+use crate::queue::writer::{Appender, Writer};
+use crate::thread::Threads;
+use crate::upstream::Upstream;
+use crate::worker::{Delivery, Shared, Slot, Worker};
+
+/// Why the program could not start, or did not end well.
+#[derive(Debug)]
+pub enum RunError {
+    /// An address cannot be listened on.
+    Listen {
+        setting: &'static str,
+        address: String,
+        error: io::Error,
+    },
+    /// The system gave no thread, signal handler or the like.
+    Start { what: String, error: io::Error },
+    /// A thread ended that should not have.
+    Thread(String),
+    /// Acknowledged requests are gone.
+    Lost(u64),
+}
+
+impl fmt::Display for RunError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RunError::Listen {
+                setting,
+                address,
+                error,
+            } => write!(f, "{setting}: cannot listen on {address}: {error}"),
+            RunError::Start { what, error } => write!(f, "cannot start {what}: {error}"),
+            RunError::Thread(name) => write!(f, "thread {name} ended unexpectedly"),
+            RunError::Lost(count) => write!(
+                f,
+                "{count} acknowledged requests could be neither delivered nor stored"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for RunError {}
+
+/// Runs until told to stop.
+///
+/// # Errors
+/// [`RunError`]; after [`RunError::Thread`] all has been drained as at any stop.
+pub fn run(config: &Config) -> Result<(), RunError> {
+    let signals = Signals::new([SIGTERM, SIGINT]).map_err(start("signal handling"))?;
+    let listener = listen("server.bind", &config.server.bind)?;
+    let control_listener = listen("metrics.bind", &config.metrics.bind)?;
+    descriptors::raise_limit(config);
+    let running = Running::start(config, signals, listener, control_listener)?;
+    let ended = running.wait();
+    let lost = running.drain(config.server.shutdown_timeout);
+    match (ended, lost) {
+        (_, 1..) => Err(RunError::Lost(lost)),
+        (Some(thread), 0) => Err(RunError::Thread(thread)),
+        (None, 0) => Ok(()),
+    }
+}
+
+fn start(what: impl Into<String>) -> impl FnOnce(io::Error) -> RunError {
+    move |error| RunError::Start {
+        what: what.into(),
+        error,
+    }
+}
+
+fn listen(setting: &'static str, bind: &crate::config::Bind) -> Result<TcpListener, RunError> {
+    bind.listen().map_err(|error| RunError::Listen {
+        setting,
+        address: bind.to_string(),
+        error,
+    })
+}
+
+fn store(config: &Config) -> Arc<dyn Store> {
+    let db = &config.db;
+    match &db.database {
+        Database::Sqlite(path) => {
+            Arc::new(SqliteStore::new(path.clone(), db.use_index, db.timeout))
+        }
+        Database::Postgres(postgres) => Arc::new(PostgresStore::new(
+            (**postgres).clone(),
+            db.max_connections,
+            db.use_index,
+            db.timeout,
+        )),
+    }
+}
+
+/// What the stages of the pipeline share.
+struct Stage {
+    store: Arc<dyn Store>,
+    health: Arc<StoreHealth>,
+    metrics: Arc<Metrics>,
+    budget: Arc<Budget>,
+}
+
+/// The running program.
+struct Running {
+    threads: Threads,
+    signals: Receiver<i32>,
+    acceptor: Arc<tiny_http::Acceptor>,
+    intake: Arc<Intake>,
+    drain: Drain,
+    /// Closed to stop claiming.
+    claiming: Sender<()>,
+}
+
+impl Running {
+    fn start(
+        config: &Config,
+        signals: Signals,
+        listener: TcpListener,
+        control_listener: TcpListener,
+    ) -> Result<Running, RunError> {
+        let mut threads = Threads::default();
+        let metrics = Metrics::new(config.metrics.max_paths)
+            .map_err(io::Error::other)
+            .map_err(start("metrics"))?;
+        let stage = Stage {
+            store: store(config),
+            health: Arc::default(),
+            metrics: Arc::new(metrics),
+            budget: Budget::new(config.server.memory_limit),
+        };
+        let signals = forward(&mut threads, signals)?;
+        let (wake, woken) = Wake::new();
+        let (claiming, stop) = bounded(0);
+        let (appender, settlements) =
+            start_store_threads(&mut threads, &stage, config, &wake, &stop)?;
+        let room = Arc::new(Room::new(config.queue.workers, wake));
+        let (direct_sender, direct) = bounded(config.proxy.num_clients);
+        let (claimed_sender, claimed) = bounded(2 * config.queue.workers);
+        let (hurry_sender, hurry) = bounded(0);
+        let shared = Arc::new(Shared {
+            policy: config.queue.retry.clone(),
+            appender: appender.clone(),
+            settlements: settlements.clone(),
+            room: Arc::clone(&room),
+            metrics: Arc::clone(&stage.metrics),
+            hurry,
+        });
+        let slots = start_workers(&mut threads, config, &shared, &direct, &claimed)?;
+        let poller = Poller {
+            store: Arc::clone(&stage.store),
+            health: Arc::clone(&stage.health),
+            metrics: Arc::clone(&stage.metrics),
+            budget: Arc::clone(&stage.budget),
+            room,
+            per_second: config.queue.handle_per_second,
+            request_timeout: config.proxy.request_timeout,
+            woken,
+            stop,
+            deliveries: claimed_sender,
+        };
+        spawn(&mut threads, "poller", move || poller.run())?;
+        let intake = Arc::new(new_intake(config, &stage, direct_sender, appender.clone()));
+        let acceptor = start_intake(&mut threads, config, listener, &intake)?;
+        start_control(&mut threads, config, &stage, &intake, control_listener)?;
+        let drain = Drain {
+            store: stage.store,
+            metrics: stage.metrics,
+            appender,
+            settlements,
+            direct,
+            claimed,
+            slots,
+            hurry: Some(hurry_sender),
+        };
+        Ok(Running {
+            threads,
+            signals,
+            acceptor,
+            intake,
+            drain,
+            claiming,
+        })
+    }
+
+    /// Waits for a signal, or for a thread to end that should not: returns its name.
+    fn wait(&self) -> Option<String> {
+        select! {
+            recv(self.signals) -> signal => {
+                let signal = signal.unwrap_or_default();
+                log::info!(signal; "stopping");
+                None
+            }
+            recv(self.threads.ended()) -> name => {
+                let thread = name.unwrap_or_default();
+                log::error!(thread; "a thread ended unexpectedly, stopping");
+                Some(thread)
+            }
+        }
+    }
+
+    /// Stops in order: no new connections, no new claims, workers through, the rest stored.
+    /// Returns how many acknowledged requests are lost.
+    fn drain(self, timeout: Duration) -> u64 {
+        let deadline = Instant::now() + timeout;
+        self.intake.draining.store(true, Ordering::Relaxed);
+        self.acceptor.stop_accepting();
+        drop(self.claiming);
+        self.threads.wait_for("poller", deadline);
+        self.drain.release_unstarted();
+        self.drain.wait(deadline, &self.signals);
+        self.intake.admission.close();
+        self.drain.store_rest()
+    }
+}
+
+fn spawn(
+    threads: &mut Threads,
+    name: impl Into<String>,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<(), RunError> {
+    let name = name.into();
+    threads.spawn(name.clone(), body).map_err(start(format!(
+        "thread {name} (see proxy.num_clients and queue.workers)"
+    )))
+}
+
+fn forward(threads: &mut Threads, mut signals: Signals) -> Result<Receiver<i32>, RunError> {
+    let (sender, receiver) = bounded(8);
+    spawn(threads, "signals", move || {
+        for signal in signals.forever() {
+            // More signals than fit say nothing new.
+            let _ = sender.try_send(signal);
+        }
+    })?;
+    Ok(receiver)
+}
+
+fn start_store_threads(
+    threads: &mut Threads,
+    stage: &Stage,
+    config: &Config,
+    wake: &Wake,
+    stop: &Receiver<()>,
+) -> Result<(Appender, Settlements), RunError> {
+    let Stage {
+        store,
+        health,
+        metrics,
+        ..
+    } = stage;
+    let (writer, appender) = Writer::new(
+        Arc::clone(store),
+        Arc::clone(health),
+        Arc::clone(metrics),
+        wake.clone(),
+        config.db.timeout,
+    );
+    spawn(threads, "writer", move || writer.run())?;
+    let (settler, settlements) =
+        Settler::new(Arc::clone(store), Arc::clone(health), Arc::clone(metrics));
+    spawn(threads, "settler", move || settler.run())?;
+    let sampler = Sampler {
+        store: Arc::clone(store),
+        health: Arc::clone(health),
+        metrics: Arc::clone(metrics),
+        stop: stop.clone(),
+    };
+    spawn(threads, "sampler", move || sampler.run())?;
+    Ok((appender, settlements))
+}
+
+fn start_workers(
+    threads: &mut Threads,
+    config: &Config,
+    shared: &Arc<Shared>,
+    direct: &Receiver<Delivery>,
+    claimed: &Receiver<Delivery>,
+) -> Result<Vec<Arc<Slot>>, RunError> {
+    let upstream = Upstream::new(
+        config.proxy.remote_url.clone(),
+        config.proxy.request_timeout,
+    );
+    let mut slots = Vec::new();
+    let pools = [
+        (
+            "proxy",
+            config.proxy.num_clients,
+            direct,
+            &shared.metrics.busy_proxy,
+        ),
+        (
+            "queue",
+            config.queue.workers,
+            claimed,
+            &shared.metrics.busy_queue,
+        ),
+    ];
+    for (pool, count, deliveries, busy) in pools {
+        for number in 1..=count {
+            let slot = Arc::new(Slot::default());
+            let worker = Worker {
+                shared: Arc::clone(shared),
+                client: upstream.client(),
+                slot: Arc::clone(&slot),
+                deliveries: deliveries.clone(),
+                busy: busy.clone(),
+            };
+            slots.push(slot);
+            spawn(threads, format!("{pool}-{number}"), move || worker.run())?;
+        }
+    }
+    Ok(slots)
+}
+
+fn new_intake(
+    config: &Config,
+    stage: &Stage,
+    direct: Sender<Delivery>,
+    appender: Appender,
+) -> Intake {
+    let server = &config.server;
+    Intake {
+        admission: Admission::new(
+            server.enqueue_enabled.then_some(server.enqueue_rate),
+            direct,
+            appender,
+            Arc::clone(&stage.metrics),
+        ),
+        metrics: Arc::clone(&stage.metrics),
+        budget: Arc::clone(&stage.budget),
+        response_status: server.response_status,
+        body_bytes_max: server.max_body_size,
+        draining: Arc::new(AtomicBool::new(false)),
+    }
+}
+
+fn start_intake(
+    threads: &mut Threads,
+    config: &Config,
+    listener: TcpListener,
+    intake: &Arc<Intake>,
+) -> Result<Arc<tiny_http::Acceptor>, RunError> {
+    let AcceptorKind::TinyHttp = config.server.acceptor;
+    let address = listener.local_addr().map_err(start("intake"))?;
+    let acceptor =
+        tiny_http::Acceptor::new(listener, Arc::clone(intake)).map_err(start("intake"))?;
+    let acceptor = Arc::new(acceptor);
+    for number in 1..=tiny_http::THREADS {
+        let acceptor = Arc::clone(&acceptor);
+        spawn(threads, format!("intake-{number}"), move || acceptor.run())?;
+    }
+    log::info!(addr:% = address; "listening");
+    Ok(acceptor)
+}
+
+fn start_control(
+    threads: &mut Threads,
+    config: &Config,
+    stage: &Stage,
+    intake: &Arc<Intake>,
+    listener: TcpListener,
+) -> Result<(), RunError> {
+    let address = listener.local_addr().map_err(start("control"))?;
+    let server = Control::listen(listener).map_err(start("control"))?;
+    let control = Arc::new(Control::new(
+        server,
+        config.metrics.path.clone(),
+        Arc::clone(&stage.metrics),
+        Arc::clone(&stage.health),
+        Arc::clone(intake),
+        !config.server.enqueue_enabled || config.server.enqueue_rate > 0,
+    ));
+    for number in 1..=control::THREADS {
+        let control = Arc::clone(&control);
+        spawn(threads, format!("control-{number}"), move || control.run())?;
+    }
+    log::info!(addr:% = address; "serving metrics and health");
+    Ok(())
+}

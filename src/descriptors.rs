@@ -1,0 +1,32 @@
+//! The limit of open file descriptors: raised at the start to what the settings need.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::config::Config;
+use crate::intake::tiny_http;
+
+/// Descriptors besides those of senders and destinations: listeners, database files, log.
+const OTHERS: u64 = 64;
+/// Senders' connections to allow for; tiny_http uses two descriptors for each.
+const SENDERS: u64 = 1024;
+
+/// Raises the soft limit, and the log names the settings to lower if the hard limit is in the way.
+pub fn raise_limit(config: &Config) {
+    let destinations = (config.proxy.num_clients + config.queue.workers) as u64;
+    let needed = destinations + SENDERS * tiny_http::DESCRIPTORS_PER_CONNECTION + OTHERS;
+    let limit = getrlimit(Resource::Nofile);
+    // `None` stands for no limit.
+    let Some(soft) = limit.current.filter(|soft| *soft < needed) else {
+        return;
+    };
+    let hard = limit.maximum.unwrap_or(u64::MAX);
+    let raised = Rlimit {
+        current: Some(needed.min(hard)),
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        log::warn!(soft, needed, error:%; "cannot raise the limit of open files");
+    } else if hard < needed {
+        log::warn!(limit = hard, needed; "the limit of open files (ulimit -Hn) is low: raise it, or lower proxy.num_clients and queue.workers");
+    }
+}

@@ -1,0 +1,453 @@
+//! The registry: the one place for metric names, labels and buckets.
+//!
+//! The rest of the program reports events through the fields here. They add up:
+//! accepted (direct + stored) = delivered + waiting + leased + in flight + dead + lost,
+//! counted from an empty queue.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use prometheus::{
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use crate::queue::Sample;
+use crate::settle::Outcome;
+
+/// Longest path that becomes a label, in bytes; a longer one counts as `other`.
+const PATH_LABEL_BYTES_MAX: usize = 200;
+
+/// Label of every path past `metrics.max_paths`.
+const OTHER: &str = "other";
+
+const ANSWER_BUCKETS: [f64; 11] = [
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0,
+];
+const DELIVERY_BUCKETS: [f64; 13] = [
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0,
+];
+const BATCH_BUCKETS: [f64; 9] = [1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0];
+
+/// All metrics of one running program.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    paths: PathLabels,
+    pub admitted_direct: IntCounter,
+    pub admitted_stored: IntCounter,
+    pub refused: Refusals,
+    pub attempts_delivered: IntCounter,
+    pub attempts_later: IntCounter,
+    pub attempts_buried: IntCounter,
+    pub delivered: IntCounter,
+    pub stale: IntCounter,
+    pub unreadable: IntCounter,
+    pub lost_shutdown: IntCounter,
+    pub in_flight: IntGauge,
+    pub held_bytes: IntGauge,
+    pub store_up: IntGauge,
+    pub store_errors: IntCounter,
+    pub busy_intake: IntGauge,
+    pub busy_proxy: IntGauge,
+    pub busy_queue: IntGauge,
+    pub batch_append: Histogram,
+    pub batch_claim: Histogram,
+    pub batch_settle: Histogram,
+    rows: RowGauges,
+}
+
+/// Requests refused, by reason.
+#[derive(Debug)]
+pub struct Refusals {
+    total: IntCounter,
+    pub invalid: IntCounter,
+    pub too_large: IntCounter,
+    pub overloaded: IntCounter,
+}
+
+impl Refusals {
+    /// Counts one refusal for one of the reasons here.
+    pub fn count(&self, reason: &IntCounter) {
+        self.total.inc();
+        reason.inc();
+    }
+}
+
+#[derive(Debug)]
+struct RowGauges {
+    total: IntGauge,
+    waiting: IntGauge,
+    leased: IntGauge,
+    dead: IntGauge,
+    oldest: Gauge,
+}
+
+/// Metrics of one path.
+#[derive(Debug)]
+pub struct PathMetrics {
+    label: String,
+    pub requests: IntCounter,
+    pub answer_seconds: Histogram,
+    delivery_ok: Histogram,
+    delivery: HistogramVec,
+}
+
+impl PathMetrics {
+    /// Records how long an attempt took and how it ended, with the Go program's labels.
+    pub fn observe_attempt(&self, outcome: &Outcome, took: Duration) {
+        let seconds = took.as_secs_f64();
+        match outcome {
+            Outcome::Answered {
+                status: 200..=299, ..
+            } => self.delivery_ok.observe(seconds),
+            // Other numbers are no status codes: a closed set of labels, whatever is answered.
+            Outcome::Answered {
+                status: status @ 100..=599,
+                ..
+            } => self.observe_other(&format!("response {status}"), seconds),
+            Outcome::Answered { .. } => self.observe_other("response other", seconds),
+            Outcome::Failed(_) => self.observe_other("request error", seconds),
+        }
+    }
+
+    fn observe_other(&self, status: &str, seconds: f64) {
+        self.delivery
+            .with_label_values(&[self.label.as_str(), status])
+            .observe(seconds);
+    }
+}
+
+/// Hands out the metrics of a path, and of `other` once there are too many.
+#[derive(Debug)]
+struct PathLabels {
+    known: RwLock<HashMap<String, Arc<PathMetrics>>>,
+    paths_max: usize,
+    other: Arc<PathMetrics>,
+    requests: IntCounterVec,
+    answer_seconds: HistogramVec,
+    delivery: HistogramVec,
+}
+
+impl PathLabels {
+    fn of(&self, path: &str) -> Arc<PathMetrics> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(metrics) = known.get(path) {
+            return Arc::clone(metrics);
+        }
+        if known.len() >= self.paths_max || path.len() > PATH_LABEL_BYTES_MAX {
+            return Arc::clone(&self.other);
+        }
+        drop(known);
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= self.paths_max {
+            return Arc::clone(known.get(path).unwrap_or(&self.other));
+        }
+        let metrics = known.entry(path.to_owned()).or_insert_with(|| {
+            Arc::new(path_metrics(
+                path,
+                &self.requests,
+                &self.answer_seconds,
+                &self.delivery,
+            ))
+        });
+        Arc::clone(metrics)
+    }
+}
+
+fn path_metrics(
+    label: &str,
+    requests: &IntCounterVec,
+    answer_seconds: &HistogramVec,
+    delivery: &HistogramVec,
+) -> PathMetrics {
+    PathMetrics {
+        label: label.to_owned(),
+        requests: requests.with_label_values(&[label]),
+        answer_seconds: answer_seconds.with_label_values(&[label]),
+        delivery_ok: delivery.with_label_values(&[label, "OK"]),
+        delivery: delivery.clone(),
+    }
+}
+
+impl Metrics {
+    /// # Errors
+    /// The registry's, if two metrics had one name.
+    pub fn new(paths_max: usize) -> Result<Metrics, prometheus::Error> {
+        let make = Make(Registry::new());
+        let admitted = make.counters(
+            "asyncproxy_requests_total",
+            "Requests by how they were admitted.",
+            "admission",
+        )?;
+        let refused = make.counters(
+            "asyncproxy_refused_total",
+            "Requests answered with an error, by reason.",
+            "reason",
+        )?;
+        let attempts = make.counters(
+            "asyncproxy_attempts_total",
+            "Attempts to deliver by what they led to.",
+            "outcome",
+        )?;
+        let busy = make.gauges(
+            "asyncproxy_threads_busy",
+            "Threads at work, by pool.",
+            "pool",
+        )?;
+        let batches = make.histograms(
+            "asyncproxy_batch_rows",
+            "Rows in one store operation.",
+            &["op"],
+            &BATCH_BUCKETS,
+        )?;
+        let lost = make.counters(
+            "asyncproxy_lost_total",
+            "Acknowledged requests that are gone, by reason.",
+            "reason",
+        )?;
+        Ok(Metrics {
+            paths: make.path_labels(paths_max)?,
+            admitted_direct: admitted.with_label_values(&["direct"]),
+            admitted_stored: admitted.with_label_values(&["stored"]),
+            refused: Refusals {
+                total: admitted.with_label_values(&["refused"]),
+                invalid: refused.with_label_values(&["invalid"]),
+                too_large: refused.with_label_values(&["too_large"]),
+                overloaded: refused.with_label_values(&["overloaded"]),
+            },
+            attempts_delivered: attempts.with_label_values(&["delivered"]),
+            attempts_later: attempts.with_label_values(&["later"]),
+            attempts_buried: attempts.with_label_values(&["buried"]),
+            delivered: make.counter(
+                "asyncproxy_delivered_total",
+                "Requests delivered and, if they were stored, deleted from the store.",
+            )?,
+            stale: make.counter(
+                "asyncproxy_stale_settlements_total",
+                "Settlements of a lease that was over: the request may have been sent twice.",
+            )?,
+            unreadable: make.counter(
+                "asyncproxy_unreadable_rows_total",
+                "Rows moved to the dead letters because they could not be read.",
+            )?,
+            lost_shutdown: lost.with_label_values(&["shutdown"]),
+            in_flight: make.gauge(
+                "asyncproxy_in_flight",
+                "Requests accepted that are held in memory only.",
+            )?,
+            held_bytes: make.gauge("asyncproxy_held_bytes", "Body bytes held in memory.")?,
+            store_up: make.gauge("asyncproxy_store_up", "1 while the store works, else 0.")?,
+            store_errors: make.counter(
+                "asyncproxy_store_errors_total",
+                "Store operations that failed.",
+            )?,
+            busy_intake: busy.with_label_values(&["intake"]),
+            busy_proxy: busy.with_label_values(&["proxy"]),
+            busy_queue: busy.with_label_values(&["queue"]),
+            batch_append: batches.with_label_values(&["append"]),
+            batch_claim: batches.with_label_values(&["claim"]),
+            batch_settle: batches.with_label_values(&["settle"]),
+            rows: make.rows()?,
+            registry: make.0,
+        })
+    }
+
+    /// The metrics of a path (without its query).
+    pub fn path(&self, path: &str) -> Arc<PathMetrics> {
+        self.paths.of(path)
+    }
+
+    /// Takes over a count of the rows.
+    pub fn sampled(&self, sample: &Sample) {
+        let rows = &self.rows;
+        let set =
+            |gauge: &IntGauge, count: u64| gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+        set(&rows.total, sample.waiting + sample.leased);
+        set(&rows.waiting, sample.waiting);
+        set(&rows.leased, sample.leased);
+        set(&rows.dead, sample.dead);
+        rows.oldest
+            .set(sample.oldest.unwrap_or_default().as_secs_f64());
+    }
+
+    /// All metrics in Prometheus' text format.
+    ///
+    /// # Errors
+    /// The encoder's.
+    pub fn encode(&self) -> Result<Vec<u8>, prometheus::Error> {
+        let mut text = Vec::with_capacity(16 * 1024);
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+}
+
+/// Makes and registers metrics.
+struct Make(Registry);
+
+impl Make {
+    fn register<M: prometheus::core::Collector + Clone + 'static>(
+        &self,
+        metric: M,
+    ) -> Result<M, prometheus::Error> {
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+        self.register(IntCounter::new(name, help)?)
+    }
+
+    fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+    ) -> Result<IntCounterVec, prometheus::Error> {
+        self.register(IntCounterVec::new(Opts::new(name, help), &[label])?)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+        self.register(IntGauge::new(name, help)?)
+    }
+
+    fn gauges(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+    ) -> Result<IntGaugeVec, prometheus::Error> {
+        self.register(IntGaugeVec::new(Opts::new(name, help), &[label])?)
+    }
+
+    fn histograms(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+        buckets: &[f64],
+    ) -> Result<HistogramVec, prometheus::Error> {
+        let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+        self.register(HistogramVec::new(opts, labels)?)
+    }
+
+    /// The Go program's metrics by path, with its names and labels.
+    fn path_labels(&self, paths_max: usize) -> Result<PathLabels, prometheus::Error> {
+        let requests = self.counters("http_requests_total", "Number of requests.", "path")?;
+        let answer_seconds = self.histograms(
+            "http_response_time_seconds",
+            "Response time.",
+            &["path"],
+            &ANSWER_BUCKETS,
+        )?;
+        let delivery = self.histograms(
+            "http_proxy_response_time_seconds",
+            "Proxy request response time.",
+            &["path", "status"],
+            &DELIVERY_BUCKETS,
+        )?;
+        let other = path_metrics(OTHER, &requests, &answer_seconds, &delivery);
+        Ok(PathLabels {
+            known: RwLock::new(HashMap::new()),
+            paths_max,
+            other: Arc::new(other),
+            requests,
+            answer_seconds,
+            delivery,
+        })
+    }
+
+    fn rows(&self) -> Result<RowGauges, prometheus::Error> {
+        let by_state = self.gauges(
+            "asyncproxy_queue_rows",
+            "Rows in the store when last counted, by state.",
+            "state",
+        )?;
+        let oldest = Gauge::new(
+            "asyncproxy_queue_oldest_age_seconds",
+            "Time since receipt of the oldest row that is not dead, when last counted.",
+        )?;
+        Ok(RowGauges {
+            total: self.gauge("queue_total_size", "Number of all requests in the queue.")?,
+            waiting: by_state.with_label_values(&["waiting"]),
+            leased: by_state.with_label_values(&["leased"]),
+            dead: by_state.with_label_values(&["dead"]),
+            oldest: self.register(oldest)?,
+        })
+    }
+}
+
+/// Counts one thread as busy while it lives.
+#[derive(Debug)]
+pub struct Busy<'a>(&'a IntGauge);
+
+impl<'a> Busy<'a> {
+    pub fn new(gauge: &'a IntGauge) -> Busy<'a> {
+        gauge.inc();
+        Busy(gauge)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(metrics: &Metrics) -> String {
+        String::from_utf8(metrics.encode().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn paths_are_capped_and_the_rest_is_other() {
+        let metrics = Metrics::new(2).unwrap();
+        for path in ["/a", "/b", "/c", "/a", &"/d".repeat(200)] {
+            metrics.path(path).requests.inc();
+        }
+        let text = text(&metrics);
+        assert!(text.contains("http_requests_total{path=\"/a\"} 2"));
+        assert!(text.contains("http_requests_total{path=\"/b\"} 1"));
+        assert!(text.contains("http_requests_total{path=\"other\"} 2"));
+        assert!(!text.contains("/c"));
+    }
+
+    #[test]
+    fn a_hostile_path_cannot_forge_a_metric() {
+        let metrics = Metrics::new(2).unwrap();
+        metrics.path("/\"} 1\nforged 1\n").requests.inc();
+        assert!(
+            !text(&metrics)
+                .lines()
+                .any(|line| line.starts_with("forged"))
+        );
+    }
+
+    #[test]
+    fn attempts_carry_the_go_programs_status_labels() {
+        let metrics = Metrics::new(2).unwrap();
+        let answered = |status| Outcome::Answered {
+            status,
+            retry_after: None,
+        };
+        let path = metrics.path("/a");
+        for outcome in [
+            answered(204),
+            answered(503),
+            answered(999),
+            Outcome::Failed("refused".into()),
+        ] {
+            path.observe_attempt(&outcome, Duration::from_millis(3));
+        }
+        for status in ["OK", "response 503", "response other", "request error"] {
+            let line = format!(
+                "http_proxy_response_time_seconds_count{{path=\"/a\",status=\"{status}\"}} 1"
+            );
+            assert!(text(&metrics).contains(&line), "{status}");
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Whether the store works, as the last operation on it showed.
+//!
+//! While it does not, only the poller goes on trying: nobody else waits out a timeout that
+//! another has waited out already.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::StoreError;
+use crate::logger::LogLimit;
+use crate::metrics::Metrics;
+
+static FAILURES: LogLimit = LogLimit::new();
+
+/// Shared by all who use the store.
+#[derive(Debug, Default)]
+pub struct StoreHealth(Mutex<State>);
+
+#[derive(Debug, Clone, Default)]
+enum State {
+    /// Not tried yet: taken for working.
+    #[default]
+    Unknown,
+    Up,
+    Down(StoreError),
+}
+
+impl StoreHealth {
+    /// Why the store cannot be used, if it cannot.
+    pub fn fault(&self) -> Option<StoreError> {
+        match &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            State::Down(error) => Some(error.clone()),
+            State::Unknown | State::Up => None,
+        }
+    }
+
+    /// Notes how an operation ended, logs a change and passes the result on.
+    ///
+    /// # Errors
+    /// The operation's own.
+    pub fn note<T>(
+        &self,
+        operation: &str,
+        result: Result<T, StoreError>,
+        metrics: &Metrics,
+    ) -> Result<T, StoreError> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &result {
+            Ok(_) => {
+                metrics.store_up.set(1);
+                match std::mem::replace(&mut *state, State::Up) {
+                    State::Up => {}
+                    State::Unknown => log::info!("store is ready"),
+                    State::Down(_) => log::warn!("store works again"),
+                }
+            }
+            Err(error) => {
+                metrics.store_up.set(0);
+                metrics.store_errors.inc();
+                if let Some(suppressed) = FAILURES.allow() {
+                    log::error!(operation, error:%, suppressed; "store does not work");
+                }
+                *state = State::Down(error.clone());
+            }
+        }
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn follows_the_last_operation() {
+        let metrics = Metrics::new(1).unwrap();
+        let health = StoreHealth::default();
+        assert_eq!(health.fault(), None);
+        let down = StoreError::Unavailable("refused".into());
+        let noted = health.note::<()>("append", Err(down.clone()), &metrics);
+        assert_eq!(noted, Err(down.clone()));
+        assert_eq!(health.fault(), Some(down));
+        assert_eq!(metrics.store_up.get(), 0);
+        assert_eq!(health.note("claim", Ok(1), &metrics), Ok(1));
+        assert_eq!(health.fault(), None);
+        assert_eq!(metrics.store_up.get(), 1);
+    }
+}

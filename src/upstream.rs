@@ -1,0 +1,259 @@
+//! Sends a recorded request to the destination: the only module that knows ureq.
+//!
+//! One [`Client`] per worker thread, each with one kept-alive connection, opened when first
+//! needed. Retries nothing, but for a kept-alive connection that turns out to be closed.
+
+mod resolver;
+
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use http::uri::{PathAndQuery, Scheme};
+use http::{Method, Uri, Version, header};
+use ureq::unversioned::transport::{ConnectionDetails, Connector, TcpConnector};
+use ureq::{Agent, SendBody};
+use ureq_proto::client::header_raw;
+
+use crate::config::RemoteUrl;
+use crate::request::{ATTEMPT_HEADER, ID_HEADER, Request};
+use crate::settle::Outcome;
+use resolver::CachingResolver;
+
+/// A destination that does not accept a connection in this time is down.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// What is read of an answer's body, so that its connection can be used again.
+const DRAIN_BYTES_MAX: u64 = 64 * 1024;
+/// How long the rest of an answer is waited for once its status is known.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Size of a connection's buffers; a header field has to fit in whole.
+const BUFFER_BYTES: usize = 16 * 1024;
+/// What a header or request line has besides its name and value or its target, generously.
+const LINE_SLACK_BYTES: usize = 512;
+/// Idle connections are closed after this time, before most destinations do it.
+const IDLE_MAX: Duration = Duration::from_secs(15);
+
+/// The destination, shared by all clients.
+#[derive(Debug, Clone)]
+pub struct Upstream {
+    remote: RemoteUrl,
+    request_timeout: Duration,
+    resolver: CachingResolver,
+}
+
+impl Upstream {
+    /// `request_timeout` bounds each attempt from resolving the name to the answer's end.
+    pub fn new(remote: RemoteUrl, request_timeout: Duration) -> Upstream {
+        Upstream {
+            resolver: CachingResolver::new(&remote.authority),
+            remote,
+            request_timeout,
+        }
+    }
+
+    /// A client for one thread. Costs nothing until it sends.
+    pub fn client(&self) -> Client {
+        Client {
+            upstream: self.clone(),
+            opened: Arc::default(),
+            agent: None,
+        }
+    }
+
+    fn uri(&self, target: &str) -> Result<Uri, http::Error> {
+        let path = match self.remote.path_prefix.as_str() {
+            "" => PathAndQuery::try_from(target)?,
+            prefix => PathAndQuery::try_from(format!("{prefix}{target}"))?,
+        };
+        let mut parts = http::uri::Parts::default();
+        parts.scheme = Some(self.remote.scheme.clone());
+        parts.authority = Some(self.remote.authority.clone());
+        parts.path_and_query = Some(path);
+        Ok(Uri::from_parts(parts)?)
+    }
+
+    fn agent(&self, buffer_bytes: usize, opened: &Arc<AtomicU64>) -> Agent {
+        let config = Agent::config_builder()
+            .timeout_global(Some(self.request_timeout))
+            .timeout_connect(Some(self.request_timeout.min(CONNECT_TIMEOUT)))
+            .timeout_recv_body(Some(self.request_timeout.min(DRAIN_TIMEOUT)))
+            .proxy(None)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .http_status_as_error(false)
+            .allow_non_standard_methods(true)
+            .user_agent("")
+            .accept("")
+            .accept_encoding("")
+            .input_buffer_size(BUFFER_BYTES)
+            .output_buffer_size(buffer_bytes)
+            .max_idle_connections(1)
+            .max_idle_connections_per_host(1)
+            .max_idle_age(IDLE_MAX);
+        let tcp = CountOpened(TcpConnector::default(), Arc::clone(opened));
+        let resolver = self.resolver.clone();
+        #[cfg(feature = "tls")]
+        if self.remote.scheme == Scheme::HTTPS {
+            use ureq::tls::{RootCerts, TlsConfig};
+            let tls = TlsConfig::builder()
+                .root_certs(RootCerts::PlatformVerifier)
+                .build();
+            let secured = tcp.chain(ureq::unversioned::transport::RustlsConnector::default());
+            return Agent::with_parts(config.tls_config(tls).build(), secured, resolver);
+        }
+        Agent::with_parts(config.build(), tcp, resolver)
+    }
+}
+
+/// Whether a build can send to this scheme.
+pub fn supports(scheme: &Scheme) -> bool {
+    *scheme == Scheme::HTTP || (cfg!(feature = "tls") && *scheme == Scheme::HTTPS)
+}
+
+/// Sends requests one at a time.
+#[derive(Debug)]
+pub struct Client {
+    upstream: Upstream,
+    opened: Arc<AtomicU64>,
+    agent: Option<Agent>,
+}
+
+impl Client {
+    /// Makes attempt number `attempt` (from 1) and tells how it ended.
+    pub fn send(&mut self, request: &Request, attempt: u32) -> Outcome {
+        let opened_before = self.opened.load(Ordering::Relaxed);
+        let mut result = self.try_send(request, attempt);
+        let reused = self.opened.load(Ordering::Relaxed) == opened_before;
+        if reused && result.as_ref().is_err_and(is_closed_by_peer) {
+            // The destination closed the connection while it was idle: this says nothing
+            // about the request, which is sent again on a new one.
+            result = self.try_send(request, attempt);
+        }
+        match result {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                self.upstream.resolver.suspect();
+                Outcome::Failed(describe(&error))
+            }
+        }
+    }
+
+    fn try_send(&mut self, request: &Request, attempt: u32) -> Result<Outcome, ureq::Error> {
+        let uri = self.upstream.uri(&request.target)?;
+        let head = http::request::Builder::new()
+            .method(Method::from_bytes(request.method.as_bytes()).map_err(http::Error::from)?)
+            .uri(uri)
+            .version(Version::HTTP_11);
+        let mut longest_field = 0;
+        let mut head = request.headers.iter().fold(head, |head, (name, value)| {
+            longest_field = longest_field.max(name.len() + value.len());
+            header_raw(head, name, value)
+        });
+        head = header_raw(head, ID_HEADER, request.id.to_string().as_bytes());
+        head = header_raw(head, ATTEMPT_HEADER, attempt.to_string().as_bytes());
+        let line_bytes = request.target.len() + self.upstream.remote.path_prefix.len();
+        let agent = self.agent(longest_field.max(line_bytes) + LINE_SLACK_BYTES);
+        let response = if request.body.is_empty() && !announces_empty_body(&request.method) {
+            agent.run(head.body(SendBody::none())?)?
+        } else {
+            agent.run(head.body(request.body.as_slice())?)?
+        };
+        Ok(drain(response))
+    }
+
+    fn agent(&mut self, buffer_bytes: usize) -> Agent {
+        if buffer_bytes > BUFFER_BYTES {
+            // Rare and large: a connection of its own, so that all others can stay small.
+            return self.upstream.agent(buffer_bytes, &self.opened);
+        }
+        let agent = self
+            .agent
+            .get_or_insert_with(|| self.upstream.agent(BUFFER_BYTES, &self.opened));
+        agent.clone()
+    }
+}
+
+/// Methods whose empty body is announced with `Content-Length: 0` (RFC 9110 §8.6).
+fn announces_empty_body(method: &str) -> bool {
+    matches!(method, "POST" | "PUT" | "PATCH")
+}
+
+/// Reads what little the answer has to say, so that the connection can be kept.
+fn drain(mut response: http::Response<ureq::Body>) -> Outcome {
+    let retry_after = response
+        .headers()
+        .get(header::RETRY_AFTER)
+        .and_then(|value| parse_retry_after(value.as_bytes(), SystemTime::now()));
+    let status = response.status().as_u16();
+    let mut rest = response.body_mut().as_reader().take(DRAIN_BYTES_MAX);
+    // The status is the answer. A body that breaks off, or does not end, changes nothing but
+    // the connection, which is then not used again.
+    let _ = io::copy(&mut rest, &mut io::sink());
+    Outcome::Answered {
+        status,
+        retry_after,
+    }
+}
+
+/// `Retry-After` in both forms of RFC 9110 §10.2.3: seconds, or a date.
+fn parse_retry_after(value: &[u8], now: SystemTime) -> Option<Duration> {
+    let value = std::str::from_utf8(value).ok()?.trim();
+    if let Ok(seconds) = value.parse::<u64>() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = httpdate::parse_http_date(value).ok()?;
+    Some(date.duration_since(now).unwrap_or_default())
+}
+
+fn is_closed_by_peer(error: &ureq::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    matches!(error, ureq::Error::Io(error)
+        if matches!(error.kind(), ConnectionReset | ConnectionAborted | BrokenPipe | UnexpectedEof))
+}
+
+fn describe(error: &ureq::Error) -> String {
+    match error {
+        ureq::Error::Io(error) => error.to_string(),
+        ureq::Error::Timeout(timeout) => format!("timeout: {timeout}"),
+        other => other.to_string(),
+    }
+}
+
+/// Opens TCP connections and counts them.
+#[derive(Debug)]
+struct CountOpened(TcpConnector, Arc<AtomicU64>);
+
+impl Connector for CountOpened {
+    type Out = <TcpConnector as Connector>::Out;
+
+    fn connect(
+        &self,
+        details: &ConnectionDetails,
+        chained: Option<()>,
+    ) -> Result<Option<Self::Out>, ureq::Error> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        self.0.connect(details, chained)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_takes_seconds_and_dates() {
+        let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        let parse = |text: &str| parse_retry_after(text.as_bytes(), now);
+        assert_eq!(parse("120"), Some(Duration::from_secs(120)));
+        assert_eq!(parse(" 0 "), Some(Duration::ZERO));
+        assert_eq!(
+            parse("Sun, 06 Nov 1994 08:50:37 GMT"),
+            Some(Duration::from_secs(60))
+        );
+        assert_eq!(parse("Sun, 06 Nov 1994 08:00:00 GMT"), Some(Duration::ZERO));
+        for bad in ["", "-1", "soon", "99999999999999999999", "1.5"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+}

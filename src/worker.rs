@@ -1,0 +1,287 @@
+//! Workers: receive a delivery, send it, settle it. One path for direct and claimed ones.
+//!
+//! Each worker keeps the delivery it is at in a [`Slot`], out of which a shutdown can take it.
+//! Whoever takes it out settles it; nobody else does.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use prometheus::IntGauge;
+
+use crate::budget::Permit;
+use crate::logger::LogLimit;
+use crate::metrics::{Busy, Metrics};
+use crate::queue::poller::Room;
+use crate::queue::settler::Settlements;
+use crate::queue::writer::Appender;
+use crate::queue::{Claimed, Decision, Fate, NewRow, Settlement};
+use crate::request::Request;
+use crate::settle::{Failure, RetryPolicy, Verdict};
+use crate::upstream::Client;
+
+static FAILED: LogLimit = LogLimit::new();
+static BURIED: LogLimit = LogLimit::new();
+static UNSTORED: LogLimit = LogLimit::new();
+
+/// A request on its way to the destination.
+#[derive(Debug)]
+pub struct Delivery {
+    pub request: Arc<Request>,
+    /// Counts the attempt to be made next, or being made: at least 1.
+    pub attempt: u32,
+    pub origin: Origin,
+    _permit: Arc<Permit>,
+}
+
+/// Where a delivery came from, which is where its failure goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// From memory: exists nowhere else.
+    Direct,
+    /// From the store, leased. Later than `send_until` too little of the lease is left.
+    Claimed { send_until: Instant },
+}
+
+impl Delivery {
+    /// A request as it was accepted.
+    pub fn direct(request: Arc<Request>, permit: Permit) -> Delivery {
+        Delivery {
+            request,
+            attempt: 1,
+            origin: Origin::Direct,
+            _permit: Arc::new(permit),
+        }
+    }
+
+    /// A row as it was claimed.
+    pub fn claimed(row: Claimed, permit: Permit, send_until: Instant) -> Delivery {
+        Delivery {
+            request: Arc::new(row.request),
+            attempt: row.attempt,
+            origin: Origin::Claimed { send_until },
+            _permit: Arc::new(permit),
+        }
+    }
+
+    fn next_attempt(&self) -> Delivery {
+        Delivery {
+            request: Arc::clone(&self.request),
+            attempt: self.attempt.saturating_add(1),
+            origin: self.origin,
+            _permit: Arc::clone(&self._permit),
+        }
+    }
+
+    /// The row that keeps a direct delivery after `attempts` that did not deliver it.
+    pub fn to_row(&self, attempts: u32, fate: Fate) -> NewRow {
+        NewRow {
+            request: Arc::clone(&self.request),
+            attempt: attempts,
+            fate,
+        }
+    }
+
+    fn settlement(&self, decision: Decision) -> Settlement {
+        Settlement {
+            id: self.request.id,
+            attempt: self.attempt,
+            decision,
+        }
+    }
+
+    /// Settles a claimed delivery that a shutdown interrupted: due at once, as far as is known
+    /// not delivered. Started attempts count.
+    pub fn interrupted(&self, started: bool) -> Settlement {
+        self.settlement(if started {
+            Decision::Attempted(Verdict::Later {
+                after: Duration::ZERO,
+                failure: interrupted(),
+            })
+        } else {
+            Decision::Release
+        })
+    }
+}
+
+/// How an attempt ended that a shutdown did not wait for.
+pub fn interrupted() -> Failure {
+    Failure {
+        status: None,
+        error: "interrupted by shutdown".into(),
+    }
+}
+
+/// What one worker is at.
+#[derive(Debug, Default)]
+pub struct Slot(Mutex<Option<Arc<Delivery>>>);
+
+impl Slot {
+    fn hold(&self, delivery: Delivery) -> Arc<Delivery> {
+        let delivery = Arc::new(delivery);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&delivery));
+        delivery
+    }
+
+    /// Whether there is a delivery that nobody has settled yet.
+    pub fn is_held(&self) -> bool {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
+    }
+
+    /// Takes the delivery out, and with it the duty to settle it.
+    pub fn take(&self) -> Option<Arc<Delivery>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// What all workers share.
+#[derive(Debug)]
+pub struct Shared {
+    pub policy: RetryPolicy,
+    pub appender: Appender,
+    pub settlements: Settlements,
+    pub room: Arc<Room>,
+    pub metrics: Arc<Metrics>,
+    /// Closed when workers shall no longer wait for anything but their channel.
+    pub hurry: Receiver<()>,
+}
+
+/// One worker thread.
+#[derive(Debug)]
+pub struct Worker {
+    pub shared: Arc<Shared>,
+    pub client: Client,
+    pub slot: Arc<Slot>,
+    pub deliveries: Receiver<Delivery>,
+    pub busy: IntGauge,
+}
+
+impl Worker {
+    /// Runs until the channel of deliveries is closed and empty.
+    pub fn run(mut self) {
+        while let Ok(delivery) = self.deliveries.recv() {
+            let busy = self.busy.clone();
+            let _busy = Busy::new(&busy);
+            match delivery.origin {
+                Origin::Direct => self.deliver_direct(delivery),
+                Origin::Claimed { send_until } => {
+                    self.deliver_claimed(delivery, send_until);
+                    self.shared.room.leave();
+                }
+            }
+        }
+    }
+
+    fn deliver_claimed(&mut self, delivery: Delivery, send_until: Instant) {
+        let delivery = self.slot.hold(delivery);
+        let decision = if Instant::now() > send_until {
+            Decision::Release
+        } else {
+            let verdict = self.attempt(&delivery);
+            Decision::Attempted(verdict)
+        };
+        if self.slot.take().is_some() {
+            self.shared.settlements.send(delivery.settlement(decision));
+        }
+    }
+
+    /// Holds on to the request until it is delivered, stored or taken out of the slot: while
+    /// neither destination nor store take it, it is tried with both again and again.
+    fn deliver_direct(&mut self, delivery: Delivery) {
+        let mut delivery = self.slot.hold(delivery);
+        loop {
+            let verdict = self.attempt(&delivery);
+            let pause = match &verdict {
+                Verdict::Later { after, .. } => *after,
+                Verdict::Delivered | Verdict::Bury(_) => self.shared.policy.backoff_min,
+            };
+            let Some(fate) = fate(verdict) else {
+                if self.slot.take().is_some() {
+                    self.shared.metrics.delivered.inc();
+                    self.shared.metrics.in_flight.dec();
+                }
+                return;
+            };
+            let row = delivery.to_row(delivery.attempt, fate);
+            match self.shared.appender.append(row) {
+                Ok(()) => {
+                    if self.slot.take().is_some() {
+                        self.shared.metrics.in_flight.dec();
+                    }
+                    return;
+                }
+                Err(error) => {
+                    if let Some(suppressed) = UNSTORED.allow() {
+                        log::error!(error:%, suppressed; "neither delivered nor stored, kept in memory");
+                    }
+                }
+            }
+            let pause = pause.min(self.shared.policy.backoff_max);
+            if self.shared.hurry.recv_timeout(pause) == Err(RecvTimeoutError::Disconnected)
+                || self.slot.take().is_none()
+            {
+                // Left in the slot, for the shutdown to store.
+                return;
+            }
+            delivery = self.slot.hold(delivery.next_attempt());
+        }
+    }
+
+    /// Makes the attempt that `delivery` counts, and tells what is to be done next.
+    fn attempt(&mut self, delivery: &Delivery) -> Verdict {
+        let request = &delivery.request;
+        let started = Instant::now();
+        let outcome = self.client.send(request, delivery.attempt);
+        let metrics = &self.shared.metrics;
+        metrics
+            .path(request.path())
+            .observe_attempt(&outcome, started.elapsed());
+        let age = SystemTime::now()
+            .duration_since(request.received_at)
+            .unwrap_or_default();
+        let verdict = self
+            .shared
+            .policy
+            .decide(outcome, delivery.attempt, age, fastrand::f64());
+        self.report(delivery, &verdict, started.elapsed());
+        verdict
+    }
+
+    fn report(&self, delivery: &Delivery, verdict: &Verdict, took: Duration) {
+        let metrics = &self.shared.metrics;
+        let (id, attempt) = (delivery.request.id, delivery.attempt);
+        match verdict {
+            Verdict::Delivered => {
+                metrics.attempts_delivered.inc();
+                log::debug!(id:%, attempt, ms = took.as_millis(); "delivered");
+            }
+            Verdict::Later { after, failure } => {
+                metrics.attempts_later.inc();
+                if let Some(suppressed) = FAILED.allow() {
+                    log::warn!(id:%, attempt, error:% = failure, retry_in_ms = after.as_millis(), suppressed; "delivery failed, will be tried again");
+                }
+            }
+            Verdict::Bury(failure) => {
+                metrics.attempts_buried.inc();
+                if let Some(suppressed) = BURIED.allow() {
+                    log::error!(id:%, attempt, error:% = failure, suppressed; "given up, moved to the dead letters");
+                }
+            }
+        }
+    }
+}
+
+/// Where a direct delivery goes that is not delivered.
+fn fate(verdict: Verdict) -> Option<Fate> {
+    match verdict {
+        Verdict::Delivered => None,
+        Verdict::Later { after, failure } => Some(Fate::Due {
+            after,
+            failure: Some(failure),
+        }),
+        Verdict::Bury(failure) => Some(Fate::Dead(failure)),
+    }
+}
