@@ -1,0 +1,4 @@
+//! What the tests are run with.
+
+pub mod pgbouncer;
+pub mod postgres;
