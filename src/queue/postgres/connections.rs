@@ -173,11 +173,11 @@ struct Shared {
 
 impl Shared {
     fn run<T>(&self, operation: &dyn Fn(&mut Client) -> Result<T, Fault>) -> Result<T, StoreError> {
+        let asked_at = Instant::now();
         // A restarted server leaves a whole pool of dead connections behind.
         let mut dead = 0;
         loop {
             let mut link = self.pool.get().map_err(|_| self.no_connection())?;
-            let was_used = std::mem::replace(&mut link.used, true);
             let result = self
                 .ensure_migrated(&mut link.client)
                 .and_then(|()| operation(&mut link.client));
@@ -186,7 +186,7 @@ impl Shared {
                 Err(fault) => fault,
             };
             link.broken = is_broken(&fault);
-            if link.broken && was_used && dead < self.max {
+            if link.broken && link.opened_at < asked_at && dead < self.max {
                 dead += 1;
                 continue;
             }
@@ -224,7 +224,7 @@ impl Shared {
 /// A connection. Dropped, not reused, once it is `broken`.
 struct Link {
     client: Client,
-    used: bool,
+    opened_at: Instant,
     broken: bool,
 }
 
@@ -251,7 +251,7 @@ impl ManageConnection for Manager {
             .map(|error| format!("{}: {}", self.address, one_line(error)));
         Ok(Link {
             client: result?,
-            used: false,
+            opened_at: Instant::now(),
             broken: false,
         })
     }
