@@ -2,3 +2,4 @@
 
 pub mod pgbouncer;
 pub mod postgres;
+pub mod relay;
