@@ -14,4 +14,5 @@
 mod support;
 
 mod contract;
+mod framing;
 mod postgres_store;
