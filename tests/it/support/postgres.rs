@@ -19,6 +19,7 @@ use tempfile::TempDir;
 /// A running server.
 pub struct Cluster {
     port: u16,
+    /// Cleans up when this process has ended: nobody waits for it.
     _guard: Child,
 }
 
@@ -35,6 +36,7 @@ pub fn cluster() -> &'static Cluster {
 }
 
 impl Cluster {
+    #[expect(clippy::zombie_processes, reason = "it outlives this process")]
     fn start() -> Cluster {
         let directory = TempDir::new().expect("temporary directory");
         give_to_server_account(directory.path());
