@@ -1,7 +1,7 @@
 //! What the Postgres store does beyond the contract: it takes over the Go program's table, and
 //! lives through a server that is down, restarted, locked or frozen.
 
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
 use asyncproxy::queue::postgres::PostgresStore;
@@ -11,7 +11,7 @@ use crate::contract::{
     LEASE, PATIENCE, TIMEOUT, append_one, claim, counts, delivered, request, row,
 };
 use crate::support::pgbouncer::Pgbouncer;
-use crate::support::postgres::{TestDb, cluster};
+use crate::support::postgres::{TestDb, cluster, free_port};
 use crate::support::relay::Relay;
 
 /// The Go program's migrations, in their final state.
@@ -322,9 +322,7 @@ fn survives_dead_connections(database: &TestDb, store: &PostgresStore) {
 #[test]
 fn a_server_that_comes_up_late_is_used() {
     let database = cluster().database();
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let address = listener.local_addr().unwrap();
-    drop(listener);
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
     let url = database
         .url()
         .replace(&database.port().to_string(), &address.port().to_string());

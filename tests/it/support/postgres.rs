@@ -218,7 +218,10 @@ fn server_account() -> Option<(u32, u32)> {
     ))
 }
 
-pub(super) fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    listener.local_addr().expect("its address").port()
+/// A port below those that the system hands out by itself, so that it stays free for a while.
+pub fn free_port() -> u16 {
+    std::iter::repeat_with(|| fastrand::u16(20_000..30_000))
+        .take(100)
+        .find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok())
+        .expect("a free port")
 }
