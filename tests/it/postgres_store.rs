@@ -320,6 +320,21 @@ fn survives_dead_connections(database: &TestDb, store: &PostgresStore) {
 }
 
 #[test]
+fn a_dropped_store_closes_its_connections() {
+    let database = cluster().database();
+    let store = open(&database);
+    append_one(&store);
+    let others = "
+        SELECT count(*) FROM pg_stat_activity
+         WHERE datname = current_database() AND pid <> pg_backend_pid()";
+    assert!(count(&database, others) >= 1);
+    drop(store);
+    wait_until("the connections to be gone", || {
+        count(&database, others) == 0
+    });
+}
+
+#[test]
 fn a_server_that_comes_up_late_is_used() {
     let database = cluster().database();
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
