@@ -311,10 +311,8 @@ fn survives_dead_connections(database: &TestDb, store: &PostgresStore) {
         });
         let kill = format!("SELECT count(pg_terminate_backend(pid)) {others}");
         assert!(count(database, &kill) >= 1);
-        let alive = format!("SELECT count(*) {others}");
-        wait_until("the connections to be gone", || {
-            count(database, &alive) == 0
-        });
+        // Again and again: PgBouncer may just have been opening one more.
+        wait_until("the connections to be gone", || count(database, &kill) == 0);
         assert_eq!(counts(store).0, 5 * round);
     }
 }
