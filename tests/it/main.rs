@@ -1,0 +1,16 @@
+//! Tests that drive the program from outside: its binary, over sockets, against real stores.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    reason = "a test says what is wrong by panicking, and its threads are its own"
+)]
+#![allow(
+    unreachable_pub,
+    missing_debug_implementations,
+    reason = "nobody uses this as a library"
+)]
+
+mod support;
+
+mod selftest;
