@@ -176,50 +176,45 @@ impl Metrics {
     /// The registry's, if two metrics had one name.
     pub fn new(paths_max: usize) -> Result<Metrics, prometheus::Error> {
         let make = Make(Registry::new());
-        let admitted = make.counters(
+        let [admitted_direct, admitted_stored, admitted_refused] = make.counters_by(
             "asyncproxy_requests_total",
             "Requests by how they were admitted.",
-            "admission",
+            ("admission", ["direct", "stored", "refused"]),
         )?;
-        let refused = make.counters(
+        let [invalid, too_large, overloaded] = make.counters_by(
             "asyncproxy_refused_total",
             "Requests answered with an error, by reason.",
-            "reason",
+            ("reason", ["invalid", "too_large", "overloaded"]),
         )?;
-        let attempts = make.counters(
+        let [attempts_delivered, attempts_later, attempts_buried] = make.counters_by(
             "asyncproxy_attempts_total",
             "Attempts to deliver by what they led to.",
-            "outcome",
+            ("outcome", ["delivered", "later", "buried"]),
         )?;
-        let busy = make.gauges(
-            "asyncproxy_threads_busy",
-            "Threads at work, by pool.",
-            "pool",
-        )?;
-        let batches = make.histograms(
-            "asyncproxy_batch_rows",
-            "Rows in one store operation.",
-            &["op"],
-            &BATCH_BUCKETS,
-        )?;
-        let lost = make.counters(
+        let [lost_shutdown] = make.counters_by(
             "asyncproxy_lost_total",
             "Acknowledged requests that are gone, by reason.",
-            "reason",
+            ("reason", ["shutdown"]),
         )?;
+        let [busy_intake, busy_proxy, busy_queue] = make.gauges_by(
+            "asyncproxy_threads_busy",
+            "Threads at work, by pool.",
+            ("pool", ["intake", "proxy", "queue"]),
+        )?;
+        let [batch_append, batch_claim, batch_settle] = make.batches()?;
         Ok(Metrics {
             paths: make.path_labels(paths_max)?,
-            admitted_direct: admitted.with_label_values(&["direct"]),
-            admitted_stored: admitted.with_label_values(&["stored"]),
+            admitted_direct,
+            admitted_stored,
             refused: Refusals {
-                total: admitted.with_label_values(&["refused"]),
-                invalid: refused.with_label_values(&["invalid"]),
-                too_large: refused.with_label_values(&["too_large"]),
-                overloaded: refused.with_label_values(&["overloaded"]),
+                total: admitted_refused,
+                invalid,
+                too_large,
+                overloaded,
             },
-            attempts_delivered: attempts.with_label_values(&["delivered"]),
-            attempts_later: attempts.with_label_values(&["later"]),
-            attempts_buried: attempts.with_label_values(&["buried"]),
+            attempts_delivered,
+            attempts_later,
+            attempts_buried,
             delivered: make.counter(
                 "asyncproxy_delivered_total",
                 "Requests delivered and, if they were stored, deleted from the store.",
@@ -232,7 +227,7 @@ impl Metrics {
                 "asyncproxy_unreadable_rows_total",
                 "Rows moved to the dead letters because they could not be read.",
             )?,
-            lost_shutdown: lost.with_label_values(&["shutdown"]),
+            lost_shutdown,
             in_flight: make.gauge(
                 "asyncproxy_in_flight",
                 "Requests accepted that are held in memory only.",
@@ -243,12 +238,12 @@ impl Metrics {
                 "asyncproxy_store_errors_total",
                 "Store operations that failed.",
             )?,
-            busy_intake: busy.with_label_values(&["intake"]),
-            busy_proxy: busy.with_label_values(&["proxy"]),
-            busy_queue: busy.with_label_values(&["queue"]),
-            batch_append: batches.with_label_values(&["append"]),
-            batch_claim: batches.with_label_values(&["claim"]),
-            batch_settle: batches.with_label_values(&["settle"]),
+            busy_intake,
+            busy_proxy,
+            busy_queue,
+            batch_append,
+            batch_claim,
+            batch_settle,
             rows: make.rows()?,
             registry: make.0,
         })
@@ -308,17 +303,30 @@ impl Make {
         self.register(IntCounterVec::new(Opts::new(name, help), &[label])?)
     }
 
+    /// One counter for each value of a label.
+    fn counters_by<const N: usize>(
+        &self,
+        name: &str,
+        help: &str,
+        (label, values): (&str, [&str; N]),
+    ) -> Result<[IntCounter; N], prometheus::Error> {
+        let counters = self.counters(name, help, label)?;
+        Ok(values.map(|value| counters.with_label_values(&[value])))
+    }
+
     fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
         self.register(IntGauge::new(name, help)?)
     }
 
-    fn gauges(
+    /// One gauge for each value of a label.
+    fn gauges_by<const N: usize>(
         &self,
         name: &str,
         help: &str,
-        label: &str,
-    ) -> Result<IntGaugeVec, prometheus::Error> {
-        self.register(IntGaugeVec::new(Opts::new(name, help), &[label])?)
+        (label, values): (&str, [&str; N]),
+    ) -> Result<[IntGauge; N], prometheus::Error> {
+        let gauges = self.register(IntGaugeVec::new(Opts::new(name, help), &[label])?)?;
+        Ok(values.map(|value| gauges.with_label_values(&[value])))
     }
 
     fn histograms(
@@ -358,11 +366,21 @@ impl Make {
         })
     }
 
+    fn batches(&self) -> Result<[Histogram; 3], prometheus::Error> {
+        let batches = self.histograms(
+            "asyncproxy_batch_rows",
+            "Rows in one store operation.",
+            &["op"],
+            &BATCH_BUCKETS,
+        )?;
+        Ok(["append", "claim", "settle"].map(|op| batches.with_label_values(&[op])))
+    }
+
     fn rows(&self) -> Result<RowGauges, prometheus::Error> {
-        let by_state = self.gauges(
+        let [waiting, leased, dead] = self.gauges_by(
             "asyncproxy_queue_rows",
             "Rows in the store when last counted, by state.",
-            "state",
+            ("state", ["waiting", "leased", "dead"]),
         )?;
         let oldest = Gauge::new(
             "asyncproxy_queue_oldest_age_seconds",
@@ -370,9 +388,9 @@ impl Make {
         )?;
         Ok(RowGauges {
             total: self.gauge("queue_total_size", "Number of all requests in the queue.")?,
-            waiting: by_state.with_label_values(&["waiting"]),
-            leased: by_state.with_label_values(&["leased"]),
-            dead: by_state.with_label_values(&["dead"]),
+            waiting,
+            leased,
+            dead,
             oldest: self.register(oldest)?,
         })
     }

@@ -19,12 +19,13 @@ CREATE TABLE proxy_requests (
     body            BLOB    NOT NULL
 ) STRICT;
 
-CREATE INDEX proxy_requests_next_attempt_at ON proxy_requests (next_attempt_at);
+-- Serves the claim by its first column, and counts by all three without the rows themselves.
+CREATE INDEX proxy_requests_due ON proxy_requests (next_attempt_at, leased, received_at);
 
 -- Requests that were given up. Kept as they were: a row that cannot be read may be here, too.
 CREATE TABLE proxy_dead_letters (
     seq         INTEGER PRIMARY KEY,
-    id          BLOB,
+    id          BLOB    UNIQUE,
     received_at INTEGER,
     died_at     INTEGER NOT NULL,
     attempt     INTEGER,
@@ -35,3 +36,5 @@ CREATE TABLE proxy_dead_letters (
     headers     BLOB,
     body        BLOB
 ) STRICT;
+
+CREATE INDEX proxy_dead_letters_died_at ON proxy_dead_letters (died_at);

@@ -23,7 +23,10 @@ pub const POSTGRES: &[Migration] = &[Migration {
 ///
 /// # Errors
 /// [`StoreError::Schema`] if a later version of this program has been there.
-pub fn pending(all: &'static [Migration], applied: i64) -> Result<&'static [Migration], StoreError> {
+pub fn pending(
+    all: &'static [Migration],
+    applied: i64,
+) -> Result<&'static [Migration], StoreError> {
     let known = all.len();
     usize::try_from(applied)
         .ok()

@@ -1,30 +1,468 @@
-//! The SQLite store.
+//! The SQLite store: one file, one writing connection.
+//!
+//! Every commit is on the disk when it returns (WAL, `synchronous=FULL`); batches make it fast.
+//! After any error the connection is closed, and the next call opens the file anew: whatever
+//! was wrong with it (permissions, a full or lost disk) need not be known here to recover.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::{Claim, NewRow, Sample, Settled, Settlement, Store, StoreError};
+use rusqlite::{Connection, ErrorCode, Row, Transaction, TransactionBehavior, params};
+use uuid::Uuid;
 
+use super::{
+    Claim, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement, Store, StoreError, migrate,
+};
+use crate::request::{Headers, Request};
+use crate::settle::{Failure, Verdict};
+
+/// Bytes of page cache: the batches in hand, not the queue.
+const WRITER_CACHE_KIB: i32 = 2048;
+const READER_CACHE_KIB: i32 = 256;
+/// Pages after which the WAL is copied into the database, and bytes it is then cut back to.
+const WAL_PAGES: i32 = 4000;
+const WAL_BYTES_KEPT: i32 = 16 * 1024 * 1024;
+
+/// Served by the unique index on `id`, as all statements by id.
+const INSERT: &str = "
+    INSERT INTO proxy_requests
+           (id, received_at, next_attempt_at, attempt, last_status, last_error,
+            method, target, headers, body)
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
+        ON CONFLICT (id) DO NOTHING";
+
+const INSERT_DEAD: &str = "
+    INSERT INTO proxy_dead_letters
+           (id, received_at, died_at, attempt, last_status, last_error,
+            method, target, headers, body)
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
+        ON CONFLICT (id) DO NOTHING";
+
+/// Served by `proxy_requests_due`, which also has the order.
+const SELECT_DUE: &str = "
+    SELECT seq, id, received_at, attempt, method, target, headers, body
+      FROM proxy_requests
+     WHERE next_attempt_at <= ?1
+     ORDER BY next_attempt_at
+     LIMIT ?2";
+
+/// As it comes: served by the table, in the order of arrival.
+const SELECT_DUE_UNORDERED: &str = "
+    SELECT seq, id, received_at, attempt, method, target, headers, body
+      FROM proxy_requests NOT INDEXED
+     WHERE next_attempt_at <= ?1
+     LIMIT ?2";
+
+const LEASE: &str = "
+    UPDATE proxy_requests
+       SET attempt = attempt + 1, leased = 1, next_attempt_at = ?2
+     WHERE seq = ?1";
+
+const BURY_UNREADABLE: &str = "
+    INSERT INTO proxy_dead_letters
+           (id, received_at, died_at, attempt, last_status, last_error,
+            method, target, headers, body)
+    SELECT id, received_at, ?2, attempt, last_status, ?3,
+           method, target, headers, body
+      FROM proxy_requests
+     WHERE seq = ?1
+        ON CONFLICT (id) DO NOTHING";
+
+const DELETE_UNREADABLE: &str = "DELETE FROM proxy_requests WHERE seq = ?1";
+
+const DELETE: &str = "
+    DELETE FROM proxy_requests
+     WHERE id = ?1 AND attempt = ?2 AND leased = 1";
+
+const POSTPONE: &str = "
+    UPDATE proxy_requests
+       SET leased = 0, next_attempt_at = ?3, last_status = ?4, last_error = ?5
+     WHERE id = ?1 AND attempt = ?2 AND leased = 1";
+
+const RELEASE: &str = "
+    UPDATE proxy_requests
+       SET leased = 0, next_attempt_at = ?3, attempt = attempt - 1
+     WHERE id = ?1 AND attempt = ?2 AND leased = 1";
+
+/// Followed by `DELETE`.
+const BURY: &str = "
+    INSERT INTO proxy_dead_letters
+           (id, received_at, died_at, attempt, last_status, last_error,
+            method, target, headers, body)
+    SELECT id, received_at, ?3, attempt, ?4, ?5,
+           method, target, headers, body
+      FROM proxy_requests
+     WHERE id = ?1 AND attempt = ?2 AND leased = 1
+        ON CONFLICT (id) DO NOTHING";
+
+/// Served by `proxy_requests_due` alone, and the second count by the index on `died_at`.
+const SAMPLE: &str = "
+    SELECT count(*),
+           coalesce(sum(leased = 1 AND next_attempt_at > ?1), 0),
+           min(received_at),
+           (SELECT count(*) FROM proxy_dead_letters)
+      FROM proxy_requests INDEXED BY proxy_requests_due";
+
+const CREATE_MIGRATIONS: &str = "
+    CREATE TABLE IF NOT EXISTS asyncproxy_migrations (
+        version    INTEGER PRIMARY KEY,
+        applied_at INTEGER NOT NULL
+    ) STRICT";
+
+/// A queue in a SQLite file.
 #[derive(Debug)]
-pub struct SqliteStore;
+pub struct SqliteStore {
+    path: PathBuf,
+    use_index: bool,
+    timeout: Duration,
+    writer: Mutex<Option<Connection>>,
+    /// Counts without holding up the writer.
+    reader: Mutex<Option<Connection>>,
+}
 
 impl SqliteStore {
-    pub fn new(_path: PathBuf, _use_index: bool, _timeout: Duration) -> SqliteStore {
-        SqliteStore
+    /// Opens nothing yet. `timeout` bounds the wait for other processes that hold the file.
+    pub fn new(path: PathBuf, use_index: bool, timeout: Duration) -> SqliteStore {
+        SqliteStore {
+            path,
+            use_index,
+            timeout,
+            writer: Mutex::default(),
+            reader: Mutex::default(),
+        }
+    }
+
+    fn reader(&self) -> MutexGuard<'_, Option<Connection>> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs one write transaction.
+    fn write<T>(
+        &self,
+        body: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+    ) -> Result<T, StoreError> {
+        let mut slot = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut connection = match slot.take() {
+            Some(connection) => connection,
+            None => self.open_migrated()?,
+        };
+        let result = connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)
+            .and_then(|transaction| {
+                let value = body(&transaction)?;
+                transaction.commit()?;
+                Ok(value)
+            });
+        if result.is_ok() {
+            *slot = Some(connection);
+        }
+        result.map_err(|error| self.describe(&error))
+    }
+
+    fn open_migrated(&self) -> Result<Connection, StoreError> {
+        create_private(&self.path).map_err(|error| {
+            StoreError::Unavailable(format!("{}: {error}", self.path.display()))
+        })?;
+        let mut connection = self
+            .open(WRITER_CACHE_KIB)
+            .map_err(|error| self.describe(&error))?;
+        self.migrate(&mut connection)?;
+        Ok(connection)
+    }
+
+    fn open(&self, cache_kib: i32) -> rusqlite::Result<Connection> {
+        let connection = Connection::open(&self.path)?;
+        connection.busy_timeout(self.timeout)?;
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        connection.pragma_update(None, "synchronous", "FULL")?;
+        connection.pragma_update(None, "cache_size", -cache_kib)?;
+        connection.pragma_update(None, "wal_autocheckpoint", WAL_PAGES)?;
+        connection.pragma_update(None, "journal_size_limit", WAL_BYTES_KEPT)?;
+        Ok(connection)
+    }
+
+    fn migrate(&self, connection: &mut Connection) -> Result<(), StoreError> {
+        let describe = |error: rusqlite::Error| self.describe(&error);
+        let transaction = connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)
+            .map_err(describe)?;
+        transaction
+            .execute_batch(CREATE_MIGRATIONS)
+            .map_err(describe)?;
+        let applied = transaction
+            .query_row(
+                "SELECT coalesce(max(version), 0) FROM asyncproxy_migrations",
+                [],
+                |row| row.get(0),
+            )
+            .map_err(describe)?;
+        for migration in migrate::pending(migrate::SQLITE, applied)? {
+            transaction
+                .execute_batch(migration.sql)
+                .and_then(|()| {
+                    transaction.execute(
+                        "INSERT INTO asyncproxy_migrations (version, applied_at) VALUES (?1, ?2)",
+                        params![migration.version, now_ms()],
+                    )
+                })
+                .map_err(describe)?;
+        }
+        transaction.commit().map_err(describe)
+    }
+
+    fn describe(&self, error: &rusqlite::Error) -> StoreError {
+        let text = format!("{}: {error}", self.path.display());
+        match error.sqlite_error_code() {
+            Some(ErrorCode::CannotOpen | ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+                StoreError::Unavailable(text)
+            }
+            _ => StoreError::Failed(text),
+        }
     }
 }
 
 impl Store for SqliteStore {
-    fn append(&self, _rows: &[NewRow]) -> Result<(), StoreError> {
-        unimplemented!()
+    fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
+        self.write(|transaction| {
+            let now = now_ms();
+            let mut insert = transaction.prepare(INSERT)?;
+            let mut insert_dead = transaction.prepare(INSERT_DEAD)?;
+            for NewRow {
+                request,
+                attempt,
+                fate,
+            } in rows
+            {
+                let (statement, at, failure) = match fate {
+                    Fate::Due { after, failure } => {
+                        (&mut insert, add_ms(now, *after), failure.as_ref())
+                    }
+                    Fate::Dead(failure) => (&mut insert_dead, now, Some(failure)),
+                };
+                statement.execute(params![
+                    request.id.as_bytes(),
+                    to_ms(request.received_at),
+                    at,
+                    attempt,
+                    failure.and_then(|failure| failure.status),
+                    failure.map(|failure| &failure.error),
+                    request.method,
+                    request.target,
+                    request.headers.as_bytes(),
+                    request.body,
+                ])?;
+            }
+            Ok(())
+        })
     }
-    fn claim(&self, _limit: usize, _lease: Duration) -> Result<Claim, StoreError> {
-        unimplemented!()
+
+    fn claim(&self, limit: usize, lease: Duration) -> Result<Claim, StoreError> {
+        self.write(|transaction| {
+            let now = now_ms();
+            let mut claim = Claim::default();
+            let mut select = transaction.prepare(if self.use_index {
+                SELECT_DUE
+            } else {
+                SELECT_DUE_UNORDERED
+            })?;
+            let mut lease_one = transaction.prepare(LEASE)?;
+            // Collected before anything is changed that the SELECT walks along.
+            let mut due = Vec::with_capacity(limit);
+            let mut rows = select.query(params![now, i64::try_from(limit).unwrap_or(i64::MAX)])?;
+            while let Some(row) = rows.next()? {
+                due.push((row.get::<_, i64>(0)?, read(row)));
+            }
+            drop(rows);
+            for (seq, read) in due {
+                match read {
+                    Ok(claimed) => {
+                        lease_one.execute(params![seq, add_ms(now, lease)])?;
+                        claim.rows.push(claimed);
+                    }
+                    Err(why) => {
+                        let why = format!("row cannot be read: {why}");
+                        transaction.execute(BURY_UNREADABLE, params![seq, now, why])?;
+                        transaction.execute(DELETE_UNREADABLE, [seq])?;
+                        claim.unreadable += 1;
+                    }
+                }
+            }
+            Ok(claim)
+        })
     }
-    fn settle(&self, _settlements: &[Settlement]) -> Result<Settled, StoreError> {
-        unimplemented!()
+
+    fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
+        self.write(|transaction| {
+            let now = now_ms();
+            let mut settled = Settled::default();
+            let mut delete = transaction.prepare(DELETE)?;
+            let mut postpone = transaction.prepare(POSTPONE)?;
+            let mut release = transaction.prepare(RELEASE)?;
+            for Settlement {
+                id,
+                attempt,
+                decision,
+            } in settlements
+            {
+                let id = id.as_bytes();
+                let (changed, count) = match decision {
+                    Decision::Attempted(Verdict::Delivered) => (
+                        delete.execute(params![id, attempt])?,
+                        &mut settled.delivered,
+                    ),
+                    Decision::Attempted(Verdict::Later { after, failure }) => {
+                        let Failure { status, error } = failure;
+                        let at = add_ms(now, *after);
+                        (
+                            postpone.execute(params![id, attempt, at, status, error])?,
+                            &mut settled.later,
+                        )
+                    }
+                    Decision::Attempted(Verdict::Bury(Failure { status, error })) => {
+                        transaction.execute(BURY, params![id, attempt, now, status, error])?;
+                        (delete.execute(params![id, attempt])?, &mut settled.buried)
+                    }
+                    Decision::Release => (
+                        release.execute(params![id, attempt, now])?,
+                        &mut settled.released,
+                    ),
+                };
+                *(if changed == 1 {
+                    count
+                } else {
+                    &mut settled.stale
+                }) += 1;
+            }
+            Ok(settled)
+        })
     }
+
     fn sample(&self) -> Result<Sample, StoreError> {
-        unimplemented!()
+        let kept = self.reader().take();
+        let reader = match kept {
+            Some(reader) => reader,
+            None => {
+                // Whoever comes first creates the schema.
+                self.write(|_| Ok(()))?;
+                self.open(READER_CACHE_KIB)
+                    .map_err(|error| self.describe(&error))?
+            }
+        };
+        let now = now_ms();
+        let sample = reader
+            .query_row(SAMPLE, [now], |row| {
+                // Counts: never negative.
+                let count = |column| row.get(column).map(i64::unsigned_abs);
+                let (all, leased) = (count(0)?, count(1)?);
+                let oldest: Option<i64> = row.get(2)?;
+                Ok(Sample {
+                    waiting: all.saturating_sub(leased),
+                    leased,
+                    dead: count(3)?,
+                    oldest: oldest.map(|oldest| {
+                        Duration::from_millis(
+                            u64::try_from(now.saturating_sub(oldest)).unwrap_or(0),
+                        )
+                    }),
+                })
+            })
+            .map_err(|error| self.describe(&error))?;
+        *self.reader() = Some(reader);
+        Ok(sample)
+    }
+}
+
+/// Creates the file if it is not there, for the eyes of this user only: requests carry
+/// secrets. What SQLite puts beside it inherits this.
+fn create_private(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let created = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path);
+    match created {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Reads a row of `SELECT_DUE`, for the attempt to come.
+///
+/// # Errors
+/// Why the row is none that this program could have written.
+fn read(row: &Row<'_>) -> Result<Claimed, String> {
+    let describe = |error: rusqlite::Error| error.to_string();
+    let id = row.get::<_, Vec<u8>>("id").map_err(describe)?;
+    let attempt = row.get::<_, u32>("attempt").map_err(describe)?;
+    let headers = row.get::<_, Vec<u8>>("headers").map_err(describe)?;
+    let request = Request {
+        id: Uuid::from_slice(&id).map_err(|error| format!("id: {error}"))?,
+        received_at: from_ms(row.get("received_at").map_err(describe)?)
+            .ok_or("received_at is out of range")?,
+        method: row.get("method").map_err(describe)?,
+        target: row.get("target").map_err(describe)?,
+        headers: Headers::from_bytes(headers).map_err(|error| error.to_string())?,
+        body: row.get("body").map_err(describe)?,
+    };
+    request.check().map_err(|error| error.to_string())?;
+    Ok(Claimed {
+        request,
+        attempt: attempt.checked_add(1).ok_or("attempt is out of range")?,
+    })
+}
+
+fn now_ms() -> i64 {
+    to_ms(SystemTime::now())
+}
+
+fn to_ms(time: SystemTime) -> i64 {
+    let ms = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(since) => ms(since),
+        Err(before) => -ms(before.duration()),
+    }
+}
+
+fn from_ms(ms: i64) -> Option<SystemTime> {
+    let distance = Duration::from_millis(ms.unsigned_abs());
+    if ms >= 0 {
+        UNIX_EPOCH.checked_add(distance)
+    } else {
+        UNIX_EPOCH.checked_sub(distance)
+    }
+}
+
+fn add_ms(now: i64, duration: Duration) -> i64 {
+    now.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_survive_and_never_overflow() {
+        for ms in [0, 1, -1, 1_700_000_000_123] {
+            assert_eq!(from_ms(ms).map(to_ms), Some(ms));
+        }
+        assert_eq!(add_ms(i64::MAX - 1, Duration::MAX), i64::MAX);
+        let _ = from_ms(i64::MIN);
+    }
+
+    #[test]
+    fn files_are_private() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("queue.sqlite");
+        let store = SqliteStore::new(path.clone(), true, Duration::from_secs(5));
+        assert_eq!(store.sample(), Ok(Sample::default()));
+        for suffix in ["", "-wal", "-shm"] {
+            let mut file = path.clone().into_os_string();
+            file.push(suffix);
+            let mode = std::fs::metadata(&file).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{suffix}");
+        }
     }
 }
