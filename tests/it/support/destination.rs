@@ -36,6 +36,18 @@ impl Seen {
         self.field("x-id").expect("X-Id").parse().expect("number")
     }
 
+    /// The field lines that may be compared with the sender's: those that the sending side must
+    /// set itself are left out. See [`http::grouped`].
+    pub fn passed_on(&self) -> Vec<String> {
+        let lines = self.lines.iter().filter(|line| !is_own(line));
+        http::grouped(lines)
+    }
+
+    pub fn id(&self) -> &str {
+        self.field("x-asyncproxy-id").expect("X-Asyncproxy-Id")
+    }
+
+    /// Which attempt it was, from 1.
     pub fn attempt(&self) -> u32 {
         let attempt = self.field("x-asyncproxy-attempt").expect("attempt");
         attempt.parse().expect("number")
@@ -44,6 +56,20 @@ impl Seen {
     pub fn target(&self) -> String {
         String::from_utf8_lossy(&self.target).into_owned()
     }
+}
+
+/// Field lines that the sending side sets itself.
+const OWN: [&str; 4] = [
+    "host",
+    "content-length",
+    "x-asyncproxy-id",
+    "x-asyncproxy-attempt",
+];
+
+fn is_own(line: &[u8]) -> bool {
+    let name = line.split(|byte| *byte == b':').next().unwrap_or_default();
+    OWN.iter()
+        .any(|own| name.eq_ignore_ascii_case(own.as_bytes()))
 }
 
 /// What to do with a request once it is recorded.
@@ -105,13 +131,17 @@ impl Answer {
         Answer { then, ..self }
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    fn bytes(&self, method: &str) -> Vec<u8> {
         let mut bytes = format!("HTTP/1.1 {} Scripted\r\n", self.status);
         for line in &self.lines {
             bytes.push_str(line);
             bytes.push_str("\r\n");
         }
-        bytes.push_str("Content-Length: 8\r\n\r\nrecorded");
+        bytes.push_str("Content-Length: 8\r\n\r\n");
+        // RFC 9110 §9.3.2: what GET would be answered, without the body.
+        if method != "HEAD" {
+            bytes.push_str("recorded");
+        }
         bytes.into_bytes()
     }
 }
@@ -329,7 +359,11 @@ fn serve(shared: &Shared, number: usize, stream: TcpStream) {
                 return;
             }
             Then::KeepOpen | Then::Close | Then::Hang => {
-                if reader.get_mut().write_all(&answer.bytes()).is_err() {
+                if reader
+                    .get_mut()
+                    .write_all(&answer.bytes(&seen.method))
+                    .is_err()
+                {
                     return;
                 }
             }

@@ -2,7 +2,7 @@
 //! of the program's own parsing, so that the two can disagree.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::Duration;
 
@@ -46,11 +46,24 @@ impl Message {
         } else if let Some(length) = field(&lines, "content-length") {
             body.resize(length.parse().map_err(invalid)?, 0);
             reader.read_exact(&mut body)?;
-        } else if kind == Kind::Response {
+        } else if kind == Kind::Response && !has_no_body(&start) {
             reader.read_to_end(&mut body)?;
         }
         Ok(Some(Message { start, lines, body }))
     }
+}
+
+/// Interim answers, 204 and 304 have none (RFC 9112 §6.3).
+fn has_no_body(start: &[u8]) -> bool {
+    status(start).is_ok_and(|status| matches!(status, 100..=199 | 204 | 304))
+}
+
+fn status(start: &[u8]) -> io::Result<u16> {
+    let start = String::from_utf8_lossy(start);
+    start
+        .strip_prefix("HTTP/1.1 ")
+        .and_then(|rest| rest.get(..3)?.parse().ok())
+        .ok_or_else(|| invalid(format!("status line: {start}")))
 }
 
 /// The first value of field `name`, whatever its case; `None` too if it is not UTF-8.
@@ -59,6 +72,18 @@ pub fn field<'a>(lines: &'a [Vec<u8>], name: &str) -> Option<&'a str> {
         let (found, value) = std::str::from_utf8(line).ok()?.split_once(':')?;
         found.eq_ignore_ascii_case(name).then(|| value.trim())
     })
+}
+
+/// Field lines by name and, among those of one name, in their order: all that RFC 9110 §5.3 gives
+/// a meaning to. Shown as text, byte for byte.
+pub fn grouped<L: AsRef<[u8]>>(lines: impl IntoIterator<Item = L>) -> Vec<String> {
+    let lines = lines.into_iter();
+    let mut lines: Vec<_> = lines
+        .map(|line| line.as_ref().escape_ascii().to_string())
+        .collect();
+    // Stable, so that lines of one name stay as they are.
+    lines.sort_by_key(|line| line.split(':').next().map(str::to_ascii_lowercase));
+    lines
 }
 
 fn line(reader: &mut impl BufRead) -> io::Result<Vec<u8>> {
@@ -124,16 +149,17 @@ impl Connection {
         let _ = self.0.get_mut().write_all(bytes);
     }
 
+    /// Says that nothing more will be sent.
+    pub fn end(&mut self) {
+        let _ = self.0.get_ref().shutdown(Shutdown::Write);
+    }
+
     /// Reads one final answer, skipping interim ones.
     pub fn response(&mut self) -> io::Result<Response> {
         loop {
             let message = Message::read(&mut self.0, Kind::Response)?
                 .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
-            let start = String::from_utf8_lossy(&message.start).into_owned();
-            let status = start
-                .strip_prefix("HTTP/1.1 ")
-                .and_then(|rest| rest.get(..3)?.parse().ok())
-                .ok_or_else(|| invalid(format!("status line: {start}")))?;
+            let status = status(&message.start)?;
             if status >= 200 {
                 return Ok(Response {
                     status,
@@ -142,6 +168,13 @@ impl Connection {
                 });
             }
         }
+    }
+
+    /// Reads the status of one interim answer, which has neither fields nor a body.
+    pub fn interim(&mut self) -> io::Result<u16> {
+        let start = line(&mut self.0)?;
+        while !line(&mut self.0)?.is_empty() {}
+        status(&start)
     }
 
     /// Sends a request and reads its answer.

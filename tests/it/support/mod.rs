@@ -1,8 +1,13 @@
 //! What the tests drive the program with. None of it knows the program's code.
 
+pub mod dedicated;
 pub mod destination;
 pub mod disk;
 pub mod http;
 pub mod metrics;
+pub mod pgbouncer;
+pub mod postgres;
 pub mod process;
 pub mod proxy;
+pub mod route;
+pub mod store;

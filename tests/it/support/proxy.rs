@@ -6,7 +6,8 @@ use std::fmt::{Display, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -74,11 +75,18 @@ impl Setup {
         self
     }
 
+    /// The value that was set.
+    pub fn get(&self, key: &str) -> &str {
+        self.settings.get(key).expect("a setting that was set")
+    }
+
+    /// Sets an environment variable.
     pub fn env(mut self, name: &str, value: impl Display) -> Setup {
         self.env.push((name.to_owned(), value.to_string()));
         self
     }
 
+    /// Keeps something for as long as the setup is there.
     pub fn keep(mut self, kept: impl Any) -> Setup {
         self.kept.push(Box::new(kept));
         self
@@ -122,6 +130,15 @@ impl Setup {
             writeln!(yaml, "  {name}: {value}").expect("write");
         }
         yaml
+    }
+}
+
+/// Waits until `reached`, looking again and again; `what` names it on failure.
+pub fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !reached() {
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");
+        thread::sleep(Duration::from_millis(20));
     }
 }
 
