@@ -13,4 +13,12 @@
 
 mod support;
 
+mod adopt;
+mod cli;
+mod delivery;
+mod fidelity;
+mod metrics;
+mod outage;
+mod retry;
 mod selftest;
+mod shutdown;
