@@ -1,0 +1,42 @@
+-- Requests that wait or are leased.
+CREATE TABLE proxy_requests (
+    id              uuid        PRIMARY KEY,
+    received_at     timestamptz NOT NULL CHECK (isfinite(received_at)),
+    next_attempt_at timestamptz NOT NULL CHECK (isfinite(next_attempt_at)),
+    -- Counts the attempt under way while the row is leased.
+    attempt         integer     NOT NULL CHECK (attempt >= 0),
+    leased          boolean     NOT NULL DEFAULT false CHECK (attempt >= leased::integer),
+    last_status     integer,
+    last_error      text,
+    method          text        NOT NULL,
+    target          text        NOT NULL,
+    -- `Name: value CR LF` each, as received.
+    headers         bytea       NOT NULL,
+    body            bytea       NOT NULL
+) WITH (
+    -- Every row is updated and deleted soon after it came, so what counts is the number of
+    -- dead rows, not their share in the table.
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    toast.autovacuum_vacuum_scale_factor = 0,
+    toast.autovacuum_vacuum_threshold = 10000
+);
+
+-- Serves the claim by its first column, and counts by all three without the rows themselves.
+CREATE INDEX proxy_requests_due ON proxy_requests (next_attempt_at) INCLUDE (leased, received_at);
+
+-- Requests that were given up. Kept as they were: one that cannot be sent may be here, too.
+CREATE TABLE proxy_dead_letters (
+    id          uuid        PRIMARY KEY,
+    received_at timestamptz,
+    died_at     timestamptz NOT NULL,
+    attempt     integer,
+    last_status integer,
+    last_error  text        NOT NULL,
+    method      text,
+    target      text,
+    headers     bytea,
+    body        bytea
+);
+
+CREATE INDEX proxy_dead_letters_died_at ON proxy_dead_letters (died_at);

@@ -1,34 +1,456 @@
-//! The Postgres store.
+//! The Postgres store: one table that several instances share.
+//!
+//! Works behind PgBouncer in transaction mode: no named statement, no session state, no session
+//! lock. Every operation is one statement, and so one round trip and one transaction; all
+//! times are the server's.
 
-use std::time::Duration;
+mod adopt;
+mod connections;
+mod schema;
 
-use super::{Claim, NewRow, Sample, Settled, Settlement, Store, StoreError};
+use std::time::{Duration, SystemTime};
 
+use ::postgres::types::{ToSql, Type};
+use ::postgres::{Client, Config, Row};
+use uuid::Uuid;
+
+use super::{
+    Claim, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement, Store, StoreError,
+};
+use crate::request::{Headers, Request};
+use crate::settle::{Failure, Verdict};
+use connections::{Connections, Fault};
+
+/// The longest delay or lease: what is later may as well be then.
+const DELAY_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+/// The year 9999 ends here, and with it what every tool can show.
+const UNIX_SECONDS_MAX: u64 = 253_402_300_799;
+
+/// The primary key finds ids that are there already, as in all statements by id.
+const APPEND: &str = "
+    INSERT INTO proxy_requests
+           (id, received_at, next_attempt_at, attempt, last_status, last_error,
+            method, target, headers, body)
+    SELECT id, received_at, now() + after * interval '1 second', attempt, status, error,
+           method, target, headers, body
+      FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+           AS new (id, received_at, after, attempt, status, error,
+                   method, target, headers, body)
+        ON CONFLICT (id) DO NOTHING";
+
+/// As `APPEND`; `after` counts for nothing.
+const APPEND_DEAD: &str = "
+    INSERT INTO proxy_dead_letters
+           (id, received_at, died_at, attempt, last_status, last_error,
+            method, target, headers, body)
+    SELECT id, received_at, now(), attempt, status, error,
+           method, target, headers, body
+      FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+           AS new (id, received_at, after, attempt, status, error,
+                   method, target, headers, body)
+        ON CONFLICT (id) DO NOTHING";
+
+/// Rows are found and ordered by `proxy_requests_due`, and updated where they were found. One
+/// that another instance changes meanwhile is skipped. No count overflows.
+macro_rules! claim {
+    ($order:literal) => {
+        concat!(
+            "
+    WITH due AS MATERIALIZED (
+        SELECT ctid AS place, next_attempt_at AS due_at
+          FROM proxy_requests
+         WHERE next_attempt_at <= now()
+         ",
+            $order,
+            "
+         LIMIT $1
+           FOR UPDATE SKIP LOCKED
+    )
+    UPDATE proxy_requests
+       SET attempt = least(attempt, 2147483646) + 1,
+           leased = true,
+           next_attempt_at = now() + $2 * interval '1 second'
+      FROM due
+     WHERE ctid = place
+ RETURNING id, attempt, due_at, received_at, method, target, headers, body"
+        )
+    };
+}
+
+const CLAIM: &str = claim!("ORDER BY next_attempt_at");
+
+/// As it comes: the planner reads the table from its start.
+const CLAIM_UNORDERED: &str = claim!("");
+
+/// Each part finds its rows by the primary key. No row is in two parts: see [`Outcomes::add`].
+const SETTLE: &str = "
+    WITH delivered AS (
+        DELETE FROM proxy_requests AS row
+         USING unnest($1, $2) AS mine (id, attempt)
+         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
+     RETURNING 1
+    ), later AS (
+        UPDATE proxy_requests AS row
+           SET leased = false,
+               next_attempt_at = now() + mine.after * interval '1 second',
+               last_status = mine.status,
+               last_error = mine.error
+          FROM unnest($3, $4, $5, $6, $7) AS mine (id, attempt, after, status, error)
+         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
+     RETURNING 1
+    ), gone AS (
+        DELETE FROM proxy_requests AS row
+         USING unnest($8, $9, $10, $11) AS mine (id, attempt, status, error)
+         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
+     RETURNING row.id, row.received_at, row.attempt, mine.status, mine.error,
+               row.method, row.target, row.headers, row.body
+    ), buried AS (
+        INSERT INTO proxy_dead_letters
+               (id, received_at, died_at, attempt, last_status, last_error,
+                method, target, headers, body)
+        SELECT id, received_at, now(), attempt, status, error,
+               method, target, headers, body
+          FROM gone
+            ON CONFLICT (id) DO NOTHING
+    ), released AS (
+        UPDATE proxy_requests AS row
+           SET leased = false,
+               next_attempt_at = now(),
+               attempt = row.attempt - 1
+          FROM unnest($12, $13) AS mine (id, attempt)
+         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
+     RETURNING 1
+    )
+    SELECT (SELECT count(*) FROM delivered),
+           (SELECT count(*) FROM later),
+           (SELECT count(*) FROM gone),
+           (SELECT count(*) FROM released)";
+
+/// Served by `proxy_requests_due` alone where the table has been vacuumed, and the dead
+/// letters by one of theirs.
+const SAMPLE: &str = "
+    SELECT count(*),
+           count(*) FILTER (WHERE leased AND next_attempt_at > now()),
+           (SELECT count(*) FROM proxy_dead_letters),
+           floor(extract(epoch FROM now() - min(received_at)) * 1000)::bigint
+      FROM proxy_requests";
+
+/// A queue in a Postgres database.
 #[derive(Debug)]
-pub struct PostgresStore;
+pub struct PostgresStore {
+    connections: Connections,
+    use_index: bool,
+}
 
 impl PostgresStore {
+    /// Connects to nothing yet. Each operation takes `timeout` at most.
     pub fn new(
-        _config: ::postgres::Config,
-        _max_connections: u32,
-        _use_index: bool,
-        _timeout: Duration,
+        config: Config,
+        max_connections: u32,
+        use_index: bool,
+        timeout: Duration,
     ) -> PostgresStore {
-        PostgresStore
+        PostgresStore {
+            connections: Connections::new(config, max_connections, timeout),
+            use_index,
+        }
+    }
+
+    fn run<T: Send + 'static>(
+        &self,
+        operation: impl Fn(&mut Client) -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.connections.run(operation, |_, _| Ok(()))
     }
 }
 
 impl Store for PostgresStore {
-    fn append(&self, _rows: &[NewRow]) -> Result<(), StoreError> {
-        unimplemented!()
+    fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
+        let rows = rows.to_vec();
+        self.run(move |client| append(client, &rows))
     }
-    fn claim(&self, _limit: usize, _lease: Duration) -> Result<Claim, StoreError> {
-        unimplemented!()
+
+    fn claim(&self, limit: usize, lease: Duration) -> Result<Claim, StoreError> {
+        let statement = if self.use_index {
+            CLAIM
+        } else {
+            CLAIM_UNORDERED
+        };
+        self.connections.run(
+            move |client| claim(client, statement, limit, lease),
+            |client, unwanted| {
+                let mut outcomes = Outcomes::default();
+                for row in &unwanted.rows {
+                    outcomes.add(row.request.id, to_i32(row.attempt), &Decision::Release);
+                }
+                outcomes.settle(client).map(drop)
+            },
+        )
     }
-    fn settle(&self, _settlements: &[Settlement]) -> Result<Settled, StoreError> {
-        unimplemented!()
+
+    fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
+        let settlements = settlements.to_vec();
+        self.run(move |client| settle(client, &settlements))
     }
+
     fn sample(&self) -> Result<Sample, StoreError> {
-        unimplemented!()
+        self.run(sample)
     }
+}
+
+fn append(client: &mut Client, rows: &[NewRow]) -> Result<(), Fault> {
+    let (mut due, mut dead) = (NewRows::default(), NewRows::default());
+    for row in rows {
+        match &row.fate {
+            Fate::Due { after, failure } => due.add(row, *after, failure.as_ref()),
+            Fate::Dead(failure) => dead.add(row, Duration::ZERO, Some(failure)),
+        }
+    }
+    match (due.ids.is_empty(), dead.ids.is_empty()) {
+        (_, true) => client.execute_typed(APPEND, &due.parameters())?,
+        (true, false) => client.execute_typed(APPEND_DEAD, &dead.parameters())?,
+        (false, false) => {
+            let mut transaction = client.transaction()?;
+            transaction.execute_typed(APPEND, &due.parameters())?;
+            transaction.execute_typed(APPEND_DEAD, &dead.parameters())?;
+            transaction.commit()?;
+            0
+        }
+    };
+    Ok(())
+}
+
+/// New rows, one array for each column.
+#[derive(Default)]
+struct NewRows<'a> {
+    ids: Vec<Uuid>,
+    received_at: Vec<SystemTime>,
+    after: Vec<f64>,
+    attempts: Vec<i32>,
+    statuses: Vec<Option<i32>>,
+    errors: Vec<Option<String>>,
+    methods: Vec<&'a str>,
+    targets: Vec<&'a str>,
+    headers: Vec<&'a [u8]>,
+    bodies: Vec<&'a [u8]>,
+}
+
+impl<'a> NewRows<'a> {
+    fn add(&mut self, row: &'a NewRow, after: Duration, failure: Option<&Failure>) {
+        let request = &row.request;
+        self.ids.push(request.id);
+        self.received_at.push(to_storable(request.received_at));
+        self.after.push(to_seconds(after));
+        self.attempts.push(to_i32(row.attempt));
+        self.statuses.push(failure.and_then(to_status));
+        self.errors.push(failure.map(to_text));
+        self.methods.push(&request.method);
+        self.targets.push(&request.target);
+        self.headers.push(request.headers.as_bytes());
+        self.bodies.push(&request.body);
+    }
+
+    fn parameters(&self) -> [(&(dyn ToSql + Sync), Type); 10] {
+        [
+            (&self.ids, Type::UUID_ARRAY),
+            (&self.received_at, Type::TIMESTAMPTZ_ARRAY),
+            (&self.after, Type::FLOAT8_ARRAY),
+            (&self.attempts, Type::INT4_ARRAY),
+            (&self.statuses, Type::INT4_ARRAY),
+            (&self.errors, Type::TEXT_ARRAY),
+            (&self.methods, Type::TEXT_ARRAY),
+            (&self.targets, Type::TEXT_ARRAY),
+            (&self.headers, Type::BYTEA_ARRAY),
+            (&self.bodies, Type::BYTEA_ARRAY),
+        ]
+    }
+}
+
+fn claim(
+    client: &mut Client,
+    statement: &str,
+    limit: usize,
+    lease: Duration,
+) -> Result<Claim, Fault> {
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let rows = client.query_typed(
+        statement,
+        &[(&limit, Type::INT8), (&to_seconds(lease), Type::FLOAT8)],
+    )?;
+    let mut claimed = Vec::with_capacity(rows.len());
+    let mut unreadable = Outcomes::default();
+    for row in rows {
+        match read(&row) {
+            Ok(readable) => claimed.push((row.try_get::<_, SystemTime>("due_at").ok(), readable)),
+            Err(why) => unreadable.add(
+                row.try_get("id")?,
+                row.try_get("attempt")?,
+                &Decision::Attempted(Verdict::Bury(Failure {
+                    status: None,
+                    error: format!("row cannot be read: {why}"),
+                })),
+            ),
+        }
+    }
+    let buried = if unreadable.is_empty() {
+        0
+    } else {
+        unreadable.settle(client)?.buried
+    };
+    // The order in which an UPDATE returns its rows is not defined.
+    claimed.sort_by_key(|(due_at, row)| (*due_at, row.request.id));
+    Ok(Claim {
+        rows: claimed.into_iter().map(|(_, row)| row).collect(),
+        unreadable: buried,
+    })
+}
+
+/// Reads a row that `CLAIM` returned.
+///
+/// # Errors
+/// Why the row is none that this program could have written.
+fn read(row: &Row) -> Result<Claimed, String> {
+    let describe = |error: ::postgres::Error| error.to_string();
+    let headers = row.try_get("headers").map_err(describe)?;
+    let request = Request {
+        id: row.try_get("id").map_err(describe)?,
+        received_at: row.try_get("received_at").map_err(describe)?,
+        method: row.try_get("method").map_err(describe)?,
+        target: row.try_get("target").map_err(describe)?,
+        headers: Headers::from_bytes(headers).map_err(|error| error.to_string())?,
+        body: row.try_get("body").map_err(describe)?,
+    };
+    request.check().map_err(|error| error.to_string())?;
+    let attempt: i32 = row.try_get("attempt").map_err(describe)?;
+    match u32::try_from(attempt) {
+        Ok(attempt) if attempt >= 1 => Ok(Claimed { request, attempt }),
+        _ => Err("attempt is out of range".into()),
+    }
+}
+
+fn settle(client: &mut Client, settlements: &[Settlement]) -> Result<Settled, Fault> {
+    let mut outcomes = Outcomes::default();
+    for settlement in settlements {
+        outcomes.add(
+            settlement.id,
+            to_i32(settlement.attempt),
+            &settlement.decision,
+        );
+    }
+    let mut settled = outcomes.settle(client)?;
+    let changed = settled.delivered + settled.later + settled.buried + settled.released;
+    settled.stale = (settlements.len() as u64).saturating_sub(changed);
+    Ok(settled)
+}
+
+/// Settlements, sorted by what they do to the row, one array for each column.
+#[derive(Default)]
+struct Outcomes {
+    named: std::collections::HashSet<(Uuid, i32)>,
+    delivered: (Vec<Uuid>, Vec<i32>),
+    later: (Vec<Uuid>, Vec<i32>),
+    later_after: Vec<f64>,
+    later_failures: (Vec<Option<i32>>, Vec<String>),
+    buried: (Vec<Uuid>, Vec<i32>),
+    buried_failures: (Vec<Option<i32>>, Vec<String>),
+    released: (Vec<Uuid>, Vec<i32>),
+}
+
+impl Outcomes {
+    /// Takes a settlement, unless one before it names the same lease.
+    fn add(&mut self, id: Uuid, attempt: i32, decision: &Decision) {
+        if !self.named.insert((id, attempt)) {
+            return;
+        }
+        let (ids, attempts) = match decision {
+            Decision::Attempted(Verdict::Delivered) => &mut self.delivered,
+            Decision::Attempted(Verdict::Later { after, failure }) => {
+                self.later_after.push(to_seconds(*after));
+                self.later_failures.0.push(to_status(failure));
+                self.later_failures.1.push(to_text(failure));
+                &mut self.later
+            }
+            Decision::Attempted(Verdict::Bury(failure)) => {
+                self.buried_failures.0.push(to_status(failure));
+                self.buried_failures.1.push(to_text(failure));
+                &mut self.buried
+            }
+            Decision::Release => &mut self.released,
+        };
+        ids.push(id);
+        attempts.push(attempt);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.named.is_empty()
+    }
+
+    /// Counts the rows changed; `stale` is not known here.
+    fn settle(&self, client: &mut Client) -> Result<Settled, Fault> {
+        let row = client.query_typed_one(
+            SETTLE,
+            &[
+                (&self.delivered.0, Type::UUID_ARRAY),
+                (&self.delivered.1, Type::INT4_ARRAY),
+                (&self.later.0, Type::UUID_ARRAY),
+                (&self.later.1, Type::INT4_ARRAY),
+                (&self.later_after, Type::FLOAT8_ARRAY),
+                (&self.later_failures.0, Type::INT4_ARRAY),
+                (&self.later_failures.1, Type::TEXT_ARRAY),
+                (&self.buried.0, Type::UUID_ARRAY),
+                (&self.buried.1, Type::INT4_ARRAY),
+                (&self.buried_failures.0, Type::INT4_ARRAY),
+                (&self.buried_failures.1, Type::TEXT_ARRAY),
+                (&self.released.0, Type::UUID_ARRAY),
+                (&self.released.1, Type::INT4_ARRAY),
+            ],
+        )?;
+        Ok(Settled {
+            delivered: count(&row, 0)?,
+            later: count(&row, 1)?,
+            buried: count(&row, 2)?,
+            released: count(&row, 3)?,
+            stale: 0,
+        })
+    }
+}
+
+fn sample(client: &mut Client) -> Result<Sample, Fault> {
+    let row = client.query_typed_one(SAMPLE, &[])?;
+    let (all, leased) = (count(&row, 0)?, count(&row, 1)?);
+    let oldest_ms: Option<i64> = row.try_get(3)?;
+    Ok(Sample {
+        waiting: all.saturating_sub(leased),
+        leased,
+        dead: count(&row, 2)?,
+        // A sender's clock may be ahead of the server's.
+        oldest: oldest_ms.map(|ms| Duration::from_millis(u64::try_from(ms).unwrap_or(0))),
+    })
+}
+
+fn count(row: &Row, column: usize) -> Result<u64, Fault> {
+    Ok(row.try_get::<_, i64>(column)?.unsigned_abs())
+}
+
+fn to_i32(attempt: u32) -> i32 {
+    i32::try_from(attempt).unwrap_or(i32::MAX)
+}
+
+fn to_seconds(duration: Duration) -> f64 {
+    duration.min(DELAY_MAX).as_secs_f64()
+}
+
+fn to_status(failure: &Failure) -> Option<i32> {
+    failure.status.map(i32::from)
+}
+
+/// A text value holds everything but NUL.
+fn to_text(failure: &Failure) -> String {
+    failure.error.replace('\0', "")
+}
+
+/// What lies outside of 1970 to 9999 comes from a broken clock.
+fn to_storable(time: SystemTime) -> SystemTime {
+    let last = SystemTime::UNIX_EPOCH + Duration::from_secs(UNIX_SECONDS_MAX);
+    time.clamp(SystemTime::UNIX_EPOCH, last)
 }

@@ -1,4 +1,4 @@
-//! Tests that drive the program from outside: its binary, over sockets, against real stores.
+//! Tests against real stores, and of the program from outside: its binary, over sockets.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
@@ -15,6 +15,7 @@ mod support;
 
 mod adopt;
 mod cli;
+mod contract;
 mod delivery;
 mod fidelity;
 mod metrics;

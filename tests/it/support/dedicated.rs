@@ -1,15 +1,11 @@
 //! A Postgres server of one's own, for tests that stop and start it.
 
-use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
-use std::os::unix::fs::chown;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use rustix::process::{Signal, geteuid};
+use rustix::process::Signal;
 use tempfile::TempDir;
 
+use super::postgres::{give_to_server_account, server_command};
 use super::process::Process;
 use super::proxy::PATIENCE;
 
@@ -25,10 +21,8 @@ impl DedicatedCluster {
     /// Makes an empty cluster without starting it.
     pub fn create() -> DedicatedCluster {
         let directory = TempDir::new().expect("temporary directory");
-        if let Some((user, group)) = server_account() {
-            chown(directory.path(), Some(user), Some(group)).expect("chown");
-        }
-        let initdb = command("initdb")
+        give_to_server_account(directory.path());
+        let initdb = server_command("initdb")
             .args(["--username=test", "--auth=trust", "--no-sync", "-D"])
             .arg(directory.path().join("data"))
             .current_dir(directory.path())
@@ -51,7 +45,7 @@ impl DedicatedCluster {
     /// Starts the server and waits until it accepts connections.
     pub fn start(&mut self) {
         let server = Process::spawn(
-            command("postgres")
+            server_command("postgres")
                 .arg("-D")
                 .arg(self.directory.path().join("data"))
                 .args(["-c", "listen_addresses=127.0.0.1"])
@@ -79,44 +73,6 @@ impl Drop for DedicatedCluster {
             self.stop();
         }
     }
-}
-
-/// One of the server's programs, run as who may run it.
-fn command(program: &str) -> Command {
-    let mut command = Command::new(server_directory().join(program));
-    if let Some((user, group)) = server_account() {
-        command.uid(user).gid(group);
-    }
-    command
-}
-
-/// Debian keeps the server's programs off the PATH; the newest version is taken.
-fn server_directory() -> PathBuf {
-    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten();
-    let debian = versions.filter_map(|entry| Some(entry.ok()?.path().join("bin")));
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let candidates = std::env::split_paths(&path).chain(debian);
-    candidates
-        .filter(|directory| directory.join("initdb").exists())
-        .max()
-        .expect("Postgres must be installed: tests/run.sh does so")
-}
-
-/// Postgres refuses to run as root: then it runs as the account its package made.
-fn server_account() -> Option<(u32, u32)> {
-    if !geteuid().is_root() {
-        return None;
-    }
-    let accounts = fs::read_to_string(Path::new("/etc/passwd")).expect("/etc/passwd");
-    let fields = accounts
-        .lines()
-        .map(|line| line.split(':').collect::<Vec<_>>())
-        .find(|fields| fields[0] == "postgres")
-        .expect("the account `postgres`, which the package makes");
-    Some((
-        fields[2].parse().expect("uid"),
-        fields[3].parse().expect("gid"),
-    ))
 }
 
 /// A port below those that the system hands out by itself: it stays free while the server is down.

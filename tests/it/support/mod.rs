@@ -1,4 +1,4 @@
-//! What the tests drive the program with. None of it knows the program's code.
+//! What the tests are run with. None of it knows the program's code.
 
 pub mod dedicated;
 pub mod destination;

@@ -1,46 +1,86 @@
-//! A stand-in, until the store has its own test support.
+//! PgBouncer in transaction mode, in front of one database.
 
-use super::postgres::TestDb;
-use super::process::Process;
-use super::proxy::PATIENCE;
-use std::process::Command;
+use std::fs;
+use std::process::Child;
+use std::time::{Duration, Instant};
 
-#[derive(Debug)]
+use postgres::{Client, NoTls};
+use tempfile::TempDir;
+
+use super::postgres::{TestDb, free_port, give_to_server_account, run_until_we_end};
+
+/// Server connections: fewer than the clients have, so that they must share.
+const POOL_SIZE: u32 = 3;
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A running PgBouncer. Ends when dropped, or with this process.
 pub struct Pgbouncer {
     url: String,
-    _p: Process,
-    _d: tempfile::TempDir,
+    guard: Child,
+    _directory: TempDir,
 }
+
 impl Pgbouncer {
-    pub fn start(db: &TestDb) -> Pgbouncer {
-        let d = tempfile::TempDir::new().unwrap();
-        std::fs::set_permissions(
-            d.path(),
-            std::os::unix::fs::PermissionsExt::from_mode(0o755),
-        )
-        .unwrap();
-        let url = db.url();
-        let (server, name) = url
-            .trim_start_matches("postgres://test@")
-            .split_once('/')
-            .unwrap();
-        let (host, port) = server.split_once(':').unwrap();
-        let mine = fastrand::u16(10_000..20_000);
-        std::fs::write(d.path().join("users"), "\"test\" \"\"\n").unwrap();
-        std::fs::write(d.path().join("b.ini"), format!("[databases]\n{name} = host={host} port={port} dbname={name} user=test\n[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port={mine}\nauth_type=any\npool_mode=transaction\nmax_client_conn=200\ndefault_pool_size=5\nunix_socket_dir=\n")).unwrap();
-        let p = Process::spawn(
-            Command::new("pgbouncer")
-                .args(["-u", "postgres"])
-                .arg(d.path().join("b.ini")),
-        );
-        p.wait_for_line("process up", PATIENCE);
-        Pgbouncer {
-            url: format!("postgres://test@127.0.0.1:{mine}/{name}"),
-            _p: p,
-            _d: d,
+    pub fn start(database: &TestDb) -> Pgbouncer {
+        for _ in 0..5 {
+            // Someone else may take the port first.
+            if let Some(running) = Pgbouncer::try_start(database, free_port()) {
+                return running;
+            }
         }
+        panic!("pgbouncer does not start: install pgbouncer (tests/run.sh does)");
     }
+
+    fn try_start(database: &TestDb, port: u16) -> Option<Pgbouncer> {
+        let directory = TempDir::new().expect("temporary directory");
+        give_to_server_account(directory.path());
+        let configuration = directory.path().join("pgbouncer.ini");
+        fs::write(&configuration, ini(database, port)).expect("write pgbouncer.ini");
+        give_to_server_account(&configuration);
+        let guard = run_until_we_end(
+            r#"PATH="$PATH:/usr/sbin"; exec 3<&0; pgbouncer -q "$0" & cat <&3 >/dev/null; kill -9 $!"#,
+            &[&configuration],
+        );
+        let url = format!("postgres://test@127.0.0.1:{port}/{}", database.name());
+        let running = Pgbouncer {
+            url,
+            guard,
+            _directory: directory,
+        };
+        let deadline = Instant::now() + START_TIMEOUT;
+        while Instant::now() < deadline {
+            if Client::connect(&running.url, NoTls).is_ok() {
+                return Some(running);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        None
+    }
+
     pub fn url(&self) -> String {
         self.url.clone()
     }
+}
+
+impl Drop for Pgbouncer {
+    fn drop(&mut self) {
+        drop(self.guard.stdin.take());
+        let _ = self.guard.wait();
+    }
+}
+
+fn ini(database: &TestDb, port: u16) -> String {
+    let (name, server_port) = (database.name(), database.port());
+    format!(
+        "[databases]\n\
+         {name} = host=127.0.0.1 port={server_port} dbname={name} user=test\n\
+         [pgbouncer]\n\
+         listen_addr = 127.0.0.1\n\
+         listen_port = {port}\n\
+         unix_socket_dir =\n\
+         auth_type = any\n\
+         pool_mode = transaction\n\
+         default_pool_size = {POOL_SIZE}\n\
+         max_client_conn = 200\n"
+    )
 }

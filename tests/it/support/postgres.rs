@@ -1,42 +1,222 @@
-//! A stand-in, until the store has its own test support.
+//! A Postgres cluster for the whole test process, and databases in it for single tests.
+//!
+//! The cluster starts when first asked for. A shell that waits for this process to end, in
+//! whatever way, stops it and removes its directory.
 
-use super::dedicated::DedicatedCluster;
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
 
-#[derive(Debug)]
+use postgres::{Client, NoTls};
+use rustix::process::geteuid;
+use tempfile::TempDir;
+
+/// A running server.
 pub struct Cluster {
-    url: String,
+    port: u16,
+    _guard: Child,
 }
-#[derive(Debug)]
-pub struct TestDb {
-    url: String,
-}
-static HELD: Mutex<Option<DedicatedCluster>> = Mutex::new(None);
-static N: AtomicUsize = AtomicUsize::new(0);
 
+/// A database of its own. Dropped with it.
+pub struct TestDb {
+    name: String,
+    port: u16,
+}
+
+/// The cluster of this process.
 pub fn cluster() -> &'static Cluster {
     static CLUSTER: OnceLock<Cluster> = OnceLock::new();
-    CLUSTER.get_or_init(|| {
-        let mut c = DedicatedCluster::create();
-        c.start();
-        let url = c.url();
-        *HELD.lock().unwrap() = Some(c);
-        Cluster { url }
-    })
+    CLUSTER.get_or_init(Cluster::start)
 }
+
 impl Cluster {
+    fn start() -> Cluster {
+        let directory = TempDir::new().expect("temporary directory");
+        give_to_server_account(directory.path());
+        let directory = directory.keep();
+        let guard = run_until_we_end(
+            r#"cat >/dev/null; "$1" -D "$0/data" -m immediate -s stop; rm -rf "$0""#,
+            &[&directory, &server_program("pg_ctl")],
+        );
+        let initdb = server_command("initdb")
+            .args(["--username=test", "--auth=trust", "--encoding=UTF8"])
+            .args(["--locale=C", "--no-sync", "-D"])
+            .arg(directory.join("data"))
+            .current_dir(&directory)
+            .output()
+            .expect("run initdb");
+        let errors = String::from_utf8_lossy(&initdb.stderr);
+        assert!(initdb.status.success(), "initdb: {errors}");
+        for _ in 0..5 {
+            // Someone else may take the port before the server does.
+            let port = free_port();
+            if start_server(&directory, port) {
+                return Cluster {
+                    port,
+                    _guard: guard,
+                };
+            }
+        }
+        let log = fs::read_to_string(directory.join("log")).unwrap_or_default();
+        panic!("the server does not start:\n{log}");
+    }
+
+    /// Makes an empty database.
     pub fn database(&self) -> TestDb {
-        let name = format!("t{}", N.fetch_add(1, Ordering::Relaxed));
-        let mut c = postgres::Client::connect(&self.url, postgres::NoTls).unwrap();
-        c.batch_execute(&format!("CREATE DATABASE {name}")).unwrap();
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("test_{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let create = format!("CREATE DATABASE {name}");
+        connect(self.port, "postgres")
+            .batch_execute(&create)
+            .expect("create a database");
         TestDb {
-            url: self.url.replace("/postgres", &format!("/{name}")),
+            name,
+            port: self.port,
         }
     }
 }
+
 impl TestDb {
     pub fn url(&self) -> String {
-        self.url.clone()
+        format!("postgres://test@127.0.0.1:{}/{}", self.port, self.name)
     }
+
+    /// The same as libpq keywords.
+    pub fn keywords(&self) -> String {
+        keywords(self.port, &self.name)
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// A connection of the test's own.
+    pub fn client(&self) -> Client {
+        connect(self.port, &self.name)
+    }
+}
+
+impl Drop for TestDb {
+    fn drop(&mut self) {
+        // Not while unwinding: a second panic would hide the first.
+        if let Ok(mut client) = Client::connect(&keywords(self.port, "postgres"), NoTls) {
+            let _ = client.batch_execute(&format!("DROP DATABASE {} WITH (FORCE)", self.name));
+        }
+    }
+}
+
+fn keywords(port: u16, name: &str) -> String {
+    format!("host=127.0.0.1 port={port} user=test dbname={name}")
+}
+
+fn connect(port: u16, name: &str) -> Client {
+    Client::connect(&keywords(port, name), NoTls).expect("connect to the test server")
+}
+
+fn start_server(directory: &Path, port: u16) -> bool {
+    let options = format!(
+        "-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={} \
+         -c max_connections=200",
+        directory.display()
+    );
+    server_command("pg_ctl")
+        .args(["-w", "-s", "-D"])
+        .arg(directory.join("data"))
+        .arg("-l")
+        .arg(directory.join("log"))
+        .args(["-o", &options, "start"])
+        .current_dir(directory)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .expect("run pg_ctl")
+        .success()
+}
+
+/// Runs a shell script as the server's account. Its standard input ends when the process handle
+/// is dropped or this process ends.
+pub(super) fn run_until_we_end(script: &str, arguments: &[&Path]) -> Child {
+    let mut command = Command::new("sh");
+    as_server_account(&mut command);
+    command
+        // What stops us, such as Ctrl-C, must not stop what cleans up after us.
+        .args(["-c", &format!("trap '' HUP INT TERM; {script}")])
+        .args(arguments)
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("run sh")
+}
+
+/// Makes `path` the server account's.
+pub(super) fn give_to_server_account(path: &Path) {
+    if let Some((user, group)) = server_account() {
+        chown(path, Some(user), Some(group)).expect("chown");
+    }
+}
+
+fn as_server_account(command: &mut Command) {
+    if let Some((user, group)) = server_account() {
+        command.uid(user).gid(group);
+    }
+}
+
+pub(super) fn server_command(program: &str) -> Command {
+    let mut command = Command::new(server_program(program));
+    as_server_account(&mut command);
+    command
+}
+
+/// Debian keeps the server's programs off the PATH.
+fn server_program(name: &str) -> PathBuf {
+    let asked = Command::new("pg_config").arg("--bindir").output();
+    let asked = asked.ok().filter(|output| output.status.success());
+    let configured = asked.map(|output| {
+        let directory = String::from_utf8_lossy(&output.stdout);
+        PathBuf::from(directory.trim_end().to_owned())
+    });
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten();
+    let debian = versions.filter_map(|entry| Some(entry.ok()?.path().join("bin")));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    configured
+        .into_iter()
+        .chain(debian)
+        .chain(std::env::split_paths(&path))
+        .map(|directory| directory.join(name))
+        .find(|program| program.exists())
+        .unwrap_or_else(|| panic!("no {name}: install postgresql (tests/run.sh does)"))
+}
+
+/// Postgres refuses to run as root: then it runs as the account its package made.
+fn server_account() -> Option<(u32, u32)> {
+    if !geteuid().is_root() {
+        return None;
+    }
+    let accounts = fs::read_to_string("/etc/passwd").expect("/etc/passwd");
+    let account = accounts
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields[0] == "postgres")
+        .expect("the account `postgres`, which the package makes");
+    Some((
+        account[2].parse().expect("uid"),
+        account[3].parse().expect("gid"),
+    ))
+}
+
+pub(super) fn free_port() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    listener.local_addr().expect("its address").port()
 }

@@ -1,0 +1,63 @@
+//! Brings the schema up to this program's version: all steps or none, one instance at a time.
+
+use ::postgres::types::Type;
+use ::postgres::{Client, Transaction};
+
+use super::super::migrate::{self, Migration};
+use super::adopt;
+use super::connections::Fault;
+
+/// Held until the end of the transaction; the key is the program's name in ASCII.
+const LOCK: &str = "SELECT pg_advisory_xact_lock(x'6173796e6370726f'::bigint)";
+
+/// Asked first: a role that may not create tables can still use those that are there.
+const HAS_MIGRATIONS: &str = "SELECT to_regclass('asyncproxy_migrations') IS NOT NULL";
+
+const CREATE_MIGRATIONS: &str = "
+    CREATE TABLE asyncproxy_migrations (
+        version    bigint      PRIMARY KEY,
+        applied_at timestamptz NOT NULL
+    )";
+
+const APPLIED: &str = "SELECT coalesce(max(version), 0) FROM asyncproxy_migrations";
+
+const RECORD: &str = "
+    INSERT INTO asyncproxy_migrations (version, applied_at)
+    VALUES ($1, now())";
+
+/// Applies what is still to be applied.
+///
+/// # Errors
+/// [`StoreError::Schema`](super::super::StoreError::Schema) if the tables found are not ones to
+/// work with; otherwise the server's error. Nothing has changed then.
+pub(super) fn migrate(client: &mut Client) -> Result<(), Fault> {
+    let mut transaction = client.transaction()?;
+    transaction.query_typed_one(LOCK, &[])?;
+    let has_migrations: bool = transaction
+        .query_typed_one(HAS_MIGRATIONS, &[])?
+        .try_get(0)?;
+    if !has_migrations {
+        transaction.batch_execute(CREATE_MIGRATIONS)?;
+    }
+    let applied: i64 = transaction.query_typed_one(APPLIED, &[])?.try_get(0)?;
+    for migration in migrate::pending(migrate::POSTGRES, applied)? {
+        apply(&mut transaction, migration)?;
+    }
+    transaction.commit()?;
+    Ok(())
+}
+
+fn apply(transaction: &mut Transaction<'_>, migration: &Migration) -> Result<(), Fault> {
+    // The first table has the name of one that the Go program may have left.
+    let adoption = if migration.version == 1 {
+        adopt::set_aside(transaction)?
+    } else {
+        None
+    };
+    transaction.batch_execute(migration.sql)?;
+    if let Some(adoption) = adoption {
+        adoption.convert(transaction)?;
+    }
+    transaction.execute_typed(RECORD, &[(&migration.version, Type::INT8)])?;
+    Ok(())
+}

@@ -1,0 +1,726 @@
+//! What every store must do: the documentation of `Store`, clause by clause.
+
+use std::any::Any;
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use asyncproxy::queue::postgres::PostgresStore;
+use asyncproxy::queue::sqlite::SqliteStore;
+use asyncproxy::queue::{
+    BATCH_ROWS_MAX, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement, Store, StoreError,
+};
+use asyncproxy::request::{Headers, Request};
+use asyncproxy::settle::{Failure, Verdict};
+use uuid::Uuid;
+
+use crate::support::pgbouncer::Pgbouncer;
+use crate::support::postgres::cluster;
+
+/// Far beyond what a test takes.
+const LEASE: Duration = Duration::from_secs(600);
+const SHORT_LEASE: Duration = Duration::from_millis(50);
+const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A database of some kind, empty at first.
+struct Bench {
+    open: Box<dyn Fn() -> Arc<dyn Store>>,
+    /// Runs SQL behind the store's back.
+    sql: Box<dyn Fn(&str)>,
+    dialect: Dialect,
+    is_ordered: bool,
+    _kept: Box<dyn Any>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Dialect {
+    Sqlite,
+    Postgres,
+}
+
+impl Dialect {
+    fn bytes(self, bytes: &[u8]) -> String {
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        match self {
+            Dialect::Sqlite => format!("x'{hex}'"),
+            Dialect::Postgres => format!("'\\x{hex}'"),
+        }
+    }
+
+    fn id(self, id: Uuid) -> String {
+        match self {
+            Dialect::Sqlite => self.bytes(id.as_bytes()),
+            Dialect::Postgres => format!("'{id}'"),
+        }
+    }
+
+    fn now(self) -> &'static str {
+        match self {
+            Dialect::Sqlite => "0",
+            Dialect::Postgres => "now()",
+        }
+    }
+}
+
+impl Bench {
+    fn sqlite(is_ordered: bool) -> Bench {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("queue.sqlite");
+        let sql_path = path.clone();
+        Bench {
+            open: Box::new(move || Arc::new(SqliteStore::new(path.clone(), is_ordered, TIMEOUT))),
+            sql: Box::new(move |sql| {
+                let connection = rusqlite::Connection::open(&sql_path).unwrap();
+                connection.busy_timeout(TIMEOUT).unwrap();
+                connection.execute_batch(sql).unwrap();
+            }),
+            dialect: Dialect::Sqlite,
+            is_ordered,
+            _kept: Box::new(directory),
+        }
+    }
+
+    fn postgres(is_ordered: bool, is_pooled: bool) -> Bench {
+        let database = Arc::new(cluster().database());
+        let bouncer = is_pooled.then(|| Pgbouncer::start(&database));
+        let url = match &bouncer {
+            Some(bouncer) => bouncer.url(),
+            None => database.url(),
+        };
+        let sql_database = Arc::clone(&database);
+        Bench {
+            open: Box::new(move || {
+                let config = url.parse().unwrap();
+                Arc::new(PostgresStore::new(config, 5, is_ordered, TIMEOUT))
+            }),
+            sql: Box::new(move |sql| sql_database.client().batch_execute(sql).unwrap()),
+            dialect: Dialect::Postgres,
+            is_ordered,
+            _kept: Box::new((bouncer, database)),
+        }
+    }
+
+    fn open(&self) -> Arc<dyn Store> {
+        (self.open)()
+    }
+}
+
+/// Makes a test of each function for each kind of store.
+macro_rules! contract {
+    ($($test:ident),+ $(,)?) => {
+        contract!(@on sqlite, super::Bench::sqlite(true), $($test),+);
+        contract!(@on sqlite_without_index, super::Bench::sqlite(false), $($test),+);
+        contract!(@on postgres, super::Bench::postgres(true, false), $($test),+);
+        contract!(@on postgres_without_index, super::Bench::postgres(false, false), $($test),+);
+        contract!(@on pgbouncer, super::Bench::postgres(true, true), $($test),+);
+    };
+    (@on $kind:ident, $bench:expr, $($test:ident),+) => {
+        mod $kind {
+            $(#[test]
+            fn $test() {
+                super::$test(&$bench);
+            })+
+        }
+    };
+}
+
+contract!(
+    empty_batches_change_nothing,
+    requests_come_back_as_they_were,
+    appending_again_changes_nothing,
+    append_is_all_or_none,
+    claims_oldest_due_first_and_no_more_than_asked,
+    a_row_is_due_after_its_delay,
+    a_claim_counts_the_attempt_and_hides_the_row,
+    a_lease_that_is_over_is_due_again,
+    a_late_settlement_changes_nothing,
+    delivered_rows_are_gone_and_settle_once,
+    later_waits_for_its_delay,
+    buried_rows_are_dead_letters,
+    dead_rows_are_appended_to_the_dead_letters,
+    a_release_is_due_at_once_and_not_counted,
+    a_mixed_batch_counts_each_kind,
+    one_lease_is_settled_once_in_a_batch,
+    the_sample_counts_each_kind,
+    large_bodies_and_binary_headers_survive,
+    a_full_batch_fits,
+    texts_with_nul_are_stored,
+    extreme_times_do_no_harm,
+    concurrent_claims_never_share_a_row,
+    unreadable_rows_are_buried_and_block_nobody,
+    rows_survive_reopening,
+    two_stores_share_one_queue,
+    a_newer_schema_is_refused,
+);
+
+fn request(body: &[u8]) -> Request {
+    let mut headers = Headers::default();
+    headers.push("Content-Type", b"text/plain").unwrap();
+    Request {
+        id: Uuid::now_v7(),
+        received_at: SystemTime::now(),
+        method: "POST".into(),
+        target: "/hook?a=1".into(),
+        headers,
+        body: body.to_vec(),
+    }
+}
+
+fn row(request: Request) -> NewRow {
+    NewRow {
+        request: Arc::new(request),
+        attempt: 0,
+        fate: Fate::Due {
+            after: Duration::ZERO,
+            failure: None,
+        },
+    }
+}
+
+fn due_in(after: Duration) -> NewRow {
+    NewRow {
+        fate: Fate::Due {
+            after,
+            failure: None,
+        },
+        ..row(request(b"later"))
+    }
+}
+
+fn failure(error: &str) -> Failure {
+    Failure {
+        status: Some(503),
+        error: error.into(),
+    }
+}
+
+/// Appends one row that is due at once.
+fn append_one(store: &dyn Store) -> Uuid {
+    let row = row(request(b"one"));
+    store.append(std::slice::from_ref(&row)).unwrap();
+    row.request.id
+}
+
+fn claim(store: &dyn Store, limit: usize) -> Vec<Claimed> {
+    let claim = store.claim(limit, LEASE).unwrap();
+    assert_eq!(claim.unreadable, 0);
+    claim.rows
+}
+
+/// Claims one row, as soon as there is one.
+fn claim_when_due(store: &dyn Store, lease: Duration) -> Claimed {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(row) = store.claim(1, lease).unwrap().rows.pop() {
+            return row;
+        }
+        assert!(Instant::now() < deadline, "no row became due");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn settlement(row: &Claimed, decision: Decision) -> Settlement {
+    Settlement {
+        id: row.request.id,
+        attempt: row.attempt,
+        decision,
+    }
+}
+
+fn delivered(row: &Claimed) -> Settlement {
+    settlement(row, Decision::Attempted(Verdict::Delivered))
+}
+
+fn later(row: &Claimed, after: Duration) -> Settlement {
+    let failure = failure("later");
+    settlement(row, Decision::Attempted(Verdict::Later { after, failure }))
+}
+
+fn bury(row: &Claimed) -> Settlement {
+    settlement(row, Decision::Attempted(Verdict::Bury(failure("bury"))))
+}
+
+fn release(row: &Claimed) -> Settlement {
+    settlement(row, Decision::Release)
+}
+
+const STALE: Settled = Settled {
+    delivered: 0,
+    later: 0,
+    buried: 0,
+    released: 0,
+    stale: 1,
+};
+
+/// (waiting, leased, dead)
+fn counts(store: &dyn Store) -> (u64, u64, u64) {
+    let sample = store.sample().unwrap();
+    (sample.waiting, sample.leased, sample.dead)
+}
+
+fn empty_batches_change_nothing(bench: &Bench) {
+    let store = bench.open();
+    store.append(&[]).unwrap();
+    assert_eq!(store.settle(&[]), Ok(Settled::default()));
+    assert!(claim(&*store, 0).is_empty());
+    assert!(claim(&*store, 10).is_empty());
+    assert_eq!(store.sample(), Ok(Sample::default()));
+}
+
+fn requests_come_back_as_they_were(bench: &Bench) {
+    let store = bench.open();
+    let sent = request(b"\0\xff body");
+    store.append(&[row(sent.clone())]).unwrap();
+    let got = claim(&*store, 1).pop().unwrap();
+    let distance = match got.request.received_at.duration_since(sent.received_at) {
+        Ok(distance) => distance,
+        Err(error) => error.duration(),
+    };
+    assert!(distance <= Duration::from_millis(1), "{distance:?}");
+    let received_at = sent.received_at;
+    let expected = Request {
+        received_at,
+        ..got.request
+    };
+    assert_eq!(expected, sent);
+}
+
+fn appending_again_changes_nothing(bench: &Bench) {
+    let store = bench.open();
+    let waiting = row(request(b"waiting"));
+    let dead = NewRow {
+        fate: Fate::Dead(failure("first")),
+        ..row(request(b"dead"))
+    };
+    let rows = [waiting.clone(), dead.clone(), waiting.clone(), dead];
+    store.append(&rows).unwrap();
+    store.append(&rows).unwrap();
+    assert_eq!(counts(&*store), (1, 0, 1));
+    let claimed = claim(&*store, 10);
+    assert_eq!(claimed.len(), 1);
+    store.append(&[waiting]).unwrap();
+    assert_eq!(counts(&*store), (0, 1, 1), "a lease outlives an append");
+}
+
+fn append_is_all_or_none(bench: &Bench) {
+    let store = bench.open();
+    append_one(&*store);
+    // The last row of the batch is one that the database refuses.
+    let refused = NewRow {
+        fate: Fate::Dead(failure("refused")),
+        ..row(request(b"c"))
+    };
+    (bench.sql)("ALTER TABLE proxy_dead_letters RENAME COLUMN target TO gone");
+    let result = store.append(&[row(request(b"a")), row(request(b"b")), refused]);
+    assert!(matches!(result, Err(StoreError::Failed(_))), "{result:?}");
+    (bench.sql)("ALTER TABLE proxy_dead_letters RENAME COLUMN gone TO target");
+    assert_eq!(counts(&*store), (1, 0, 0));
+}
+
+fn claims_oldest_due_first_and_no_more_than_asked(bench: &Bench) {
+    let store = bench.open();
+    let mut ids: Vec<Uuid> = Vec::new();
+    for _ in 0..6 {
+        ids.push(append_one(&*store));
+        // Times are kept in milliseconds.
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let mut claimed = Vec::new();
+    for expected in [4, 2, 0] {
+        let rows = claim(&*store, 4);
+        assert_eq!(rows.len(), expected);
+        claimed.extend(rows.iter().map(|row| row.request.id));
+    }
+    if !bench.is_ordered {
+        claimed.sort();
+    }
+    assert_eq!(claimed, ids);
+}
+
+fn a_row_is_due_after_its_delay(bench: &Bench) {
+    let store = bench.open();
+    let delay = Duration::from_millis(200);
+    let before = Instant::now();
+    store.append(&[due_in(LEASE), due_in(delay)]).unwrap();
+    let row = claim_when_due(&*store, LEASE);
+    // The store rounds to milliseconds.
+    assert!(before.elapsed() >= delay - Duration::from_millis(2));
+    assert_eq!(row.attempt, 1);
+    assert_eq!(counts(&*store), (1, 1, 0));
+}
+
+fn a_claim_counts_the_attempt_and_hides_the_row(bench: &Bench) {
+    let store = bench.open();
+    let again = NewRow {
+        attempt: 7,
+        ..row(request(b"again"))
+    };
+    store.append(&[again]).unwrap();
+    assert_eq!(claim(&*store, 10)[0].attempt, 8);
+    assert!(claim(&*store, 10).is_empty());
+}
+
+fn a_lease_that_is_over_is_due_again(bench: &Bench) {
+    let store = bench.open();
+    let id = append_one(&*store);
+    for attempt in 1..4 {
+        let row = claim_when_due(&*store, SHORT_LEASE);
+        assert_eq!((row.request.id, row.attempt), (id, attempt));
+    }
+}
+
+fn a_late_settlement_changes_nothing(bench: &Bench) {
+    let store = bench.open();
+    append_one(&*store);
+    let first = claim_when_due(&*store, SHORT_LEASE);
+    let second = claim_when_due(&*store, LEASE);
+    for late in [
+        delivered(&first),
+        later(&first, Duration::ZERO),
+        bury(&first),
+        release(&first),
+    ] {
+        assert_eq!(store.settle(&[late]), Ok(STALE));
+        assert_eq!(counts(&*store), (0, 1, 0));
+    }
+    let settled = store.settle(&[delivered(&second)]).unwrap();
+    assert_eq!((settled.delivered, settled.stale), (1, 0));
+}
+
+fn delivered_rows_are_gone_and_settle_once(bench: &Bench) {
+    let store = bench.open();
+    append_one(&*store);
+    let row = claim(&*store, 1).pop().unwrap();
+    let settled = store.settle(&[delivered(&row)]).unwrap();
+    assert_eq!((settled.delivered, settled.stale), (1, 0));
+    assert_eq!(store.settle(&[delivered(&row)]), Ok(STALE));
+    assert_eq!(store.sample(), Ok(Sample::default()));
+}
+
+fn later_waits_for_its_delay(bench: &Bench) {
+    let store = bench.open();
+    append_one(&*store);
+    let row = claim(&*store, 1).pop().unwrap();
+    let (delay, before) = (Duration::from_millis(200), Instant::now());
+    let settled = store.settle(&[later(&row, delay)]).unwrap();
+    assert_eq!((settled.later, settled.stale), (1, 0));
+    assert_eq!(counts(&*store), (1, 0, 0));
+    assert_eq!(store.settle(&[delivered(&row)]), Ok(STALE), "not leased");
+    let again = claim_when_due(&*store, LEASE);
+    assert!(before.elapsed() >= delay - Duration::from_millis(2));
+    assert_eq!(again.attempt, 2);
+    assert_eq!(again.request, row.request);
+}
+
+fn buried_rows_are_dead_letters(bench: &Bench) {
+    let store = bench.open();
+    append_one(&*store);
+    let row = claim(&*store, 1).pop().unwrap();
+    let settled = store.settle(&[bury(&row)]).unwrap();
+    assert_eq!((settled.buried, settled.stale), (1, 0));
+    assert_eq!(store.settle(&[bury(&row)]), Ok(STALE));
+    assert_eq!(counts(&*store), (0, 0, 1));
+    assert_dead_letter(bench, &row.request, 1, "bury");
+}
+
+fn dead_rows_are_appended_to_the_dead_letters(bench: &Bench) {
+    let store = bench.open();
+    let dead = NewRow {
+        attempt: 3,
+        fate: Fate::Dead(failure("dead")),
+        ..row(request(b"dead"))
+    };
+    store.append(std::slice::from_ref(&dead)).unwrap();
+    store
+        .append(&[row(request(b"alive")), dead.clone()])
+        .unwrap();
+    assert_eq!(counts(&*store), (1, 0, 1));
+    assert_dead_letter(bench, &dead.request, 3, "dead");
+}
+
+/// Fails unless there is one dead letter, like this.
+fn assert_dead_letter(bench: &Bench, request: &Request, attempt: u32, error: &str) {
+    let dialect = bench.dialect;
+    (bench.sql)(&format!(
+        "CREATE TABLE found (rows integer CHECK (rows = 1));
+         INSERT INTO found
+         SELECT count(*) FROM proxy_dead_letters
+          WHERE id = {} AND attempt = {attempt} AND last_status = 503
+            AND last_error = '{error}' AND method = '{}' AND target = '{}'
+            AND headers = {} AND body = {} AND received_at IS NOT NULL
+            AND died_at >= received_at;
+         DROP TABLE found",
+        dialect.id(request.id),
+        request.method,
+        request.target,
+        dialect.bytes(request.headers.as_bytes()),
+        dialect.bytes(&request.body),
+    ));
+}
+
+fn a_release_is_due_at_once_and_not_counted(bench: &Bench) {
+    let store = bench.open();
+    append_one(&*store);
+    for _ in 0..3 {
+        let row = claim(&*store, 1).pop().unwrap();
+        assert_eq!(row.attempt, 1);
+        let settled = store.settle(&[release(&row)]).unwrap();
+        assert_eq!((settled.released, settled.stale), (1, 0));
+        assert_eq!(store.settle(&[release(&row)]), Ok(STALE));
+        assert_eq!(counts(&*store), (1, 0, 0));
+    }
+}
+
+fn a_mixed_batch_counts_each_kind(bench: &Bench) {
+    let store = bench.open();
+    let rows: Vec<NewRow> = (0..11).map(|_| row(request(b"mixed"))).collect();
+    store.append(&rows).unwrap();
+    let claimed = claim(&*store, 11);
+    let mut batch: Vec<Settlement> = Vec::new();
+    batch.extend(claimed[..4].iter().map(delivered));
+    batch.extend(claimed[4..7].iter().map(|row| later(row, LEASE)));
+    batch.extend(claimed[7..9].iter().map(bury));
+    batch.push(release(&claimed[9]));
+    batch.push(Settlement {
+        attempt: 2,
+        ..delivered(&claimed[10])
+    });
+    let expected = Settled {
+        delivered: 4,
+        later: 3,
+        buried: 2,
+        released: 1,
+        stale: 1,
+    };
+    assert_eq!(store.settle(&batch), Ok(expected));
+    assert_eq!(counts(&*store), (4, 1, 2));
+}
+
+fn one_lease_is_settled_once_in_a_batch(bench: &Bench) {
+    let store = bench.open();
+    append_one(&*store);
+    let row = claim(&*store, 1).pop().unwrap();
+    let batch = [bury(&row), delivered(&row), release(&row), bury(&row)];
+    let expected = Settled {
+        buried: 1,
+        stale: 3,
+        ..Settled::default()
+    };
+    assert_eq!(store.settle(&batch), Ok(expected));
+    assert_eq!(counts(&*store), (0, 0, 1));
+}
+
+fn the_sample_counts_each_kind(bench: &Bench) {
+    let store = bench.open();
+    let mut old = request(b"old");
+    old.received_at -= Duration::from_secs(3600);
+    store.append(&[row(old)]).unwrap();
+    store.append(&[due_in(LEASE), due_in(LEASE)]).unwrap();
+    assert_eq!(counts(&*store), (3, 0, 0));
+    let row = claim(&*store, 10).pop().unwrap();
+    assert_eq!(counts(&*store), (2, 1, 0));
+    let oldest = store.sample().unwrap().oldest.unwrap();
+    assert!(oldest >= Duration::from_secs(3599), "{oldest:?}");
+    assert!(oldest < Duration::from_secs(4000), "{oldest:?}");
+    store.settle(&[bury(&row)]).unwrap();
+    assert_eq!(counts(&*store), (2, 0, 1));
+    assert!(store.sample().unwrap().oldest.unwrap() < Duration::from_secs(600));
+    // A lease that is over is one nobody holds.
+    append_one(&*store);
+    claim_when_due(&*store, Duration::ZERO);
+    let deadline = Instant::now() + PATIENCE;
+    while counts(&*store) != (3, 0, 1) {
+        assert!(Instant::now() < deadline, "{:?}", counts(&*store));
+    }
+}
+
+fn large_bodies_and_binary_headers_survive(bench: &Bench) {
+    let store = bench.open();
+    let mut large = request(&vec![0xa5; 10 * 1024 * 1024]);
+    let all: Vec<u8> = (0x20..=0x7e).chain(0x80..=0xff).chain([b'\t']).collect();
+    large.headers.push("X-Binary", &all).unwrap();
+    large.headers.push("X-Empty", b"").unwrap();
+    large.headers.push("X-Binary", b"again: and").unwrap();
+    large.target = format!("/{}?%00=%ff", "a".repeat(30_000));
+    let empty = Request {
+        headers: Headers::default(),
+        ..request(b"")
+    };
+    for sent in [large, empty] {
+        store.append(&[row(sent.clone())]).unwrap();
+        let got = claim(&*store, 1).pop().unwrap().request;
+        assert!(got.body == sent.body);
+        assert!(got.headers == sent.headers);
+        assert!(got.target == sent.target);
+    }
+}
+
+fn a_full_batch_fits(bench: &Bench) {
+    let store = bench.open();
+    let body: Vec<u8> = (0..8900_u32).map(|n| (n * n % 251) as u8).collect();
+    let rows: Vec<NewRow> = (0..BATCH_ROWS_MAX).map(|_| row(request(&body))).collect();
+    store.append(&rows).unwrap();
+    let claimed = claim(&*store, BATCH_ROWS_MAX);
+    let sent: HashSet<Uuid> = rows.iter().map(|row| row.request.id).collect();
+    let got: HashSet<Uuid> = claimed.iter().map(|row| row.request.id).collect();
+    assert_eq!(sent, got);
+    assert!(claimed.iter().all(|row| row.request.body == body));
+    let batch: Vec<Settlement> = claimed.iter().map(delivered).collect();
+    let settled = store.settle(&batch).unwrap();
+    assert_eq!(settled.delivered, BATCH_ROWS_MAX as u64);
+    assert_eq!(counts(&*store), (0, 0, 0));
+}
+
+fn texts_with_nul_are_stored(bench: &Bench) {
+    let store = bench.open();
+    let texts = || failure("a\0b\u{1f600}'\\");
+    let waiting = NewRow {
+        fate: Fate::Due {
+            after: Duration::ZERO,
+            failure: Some(texts()),
+        },
+        ..row(request(b"a"))
+    };
+    let dead = NewRow {
+        fate: Fate::Dead(texts()),
+        ..row(request(b"b"))
+    };
+    store.append(&[waiting, dead]).unwrap();
+    for bury in [false, true] {
+        let row = claim(&*store, 1).pop().unwrap();
+        let (after, failure) = (Duration::ZERO, texts());
+        let verdict = if bury {
+            Verdict::Bury(failure)
+        } else {
+            Verdict::Later { after, failure }
+        };
+        let settled = store.settle(&[settlement(&row, Decision::Attempted(verdict))]);
+        assert_eq!(settled.unwrap().stale, 0);
+    }
+    assert_eq!(counts(&*store), (0, 0, 2));
+}
+
+fn extreme_times_do_no_harm(bench: &Bench) {
+    let store = bench.open();
+    let mut rows = Vec::new();
+    for seconds in [0, 1 << 33, 1 << 40, 1 << 55] {
+        let mut request = request(b"when");
+        let Some(received_at) = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+        else {
+            continue;
+        };
+        request.received_at = received_at;
+        rows.push(row(request));
+    }
+    rows.push(due_in(Duration::MAX));
+    store.append(&rows).unwrap();
+    let claimed = store.claim(10, Duration::MAX).unwrap().rows;
+    assert_eq!(claimed.len(), rows.len() - 1);
+    assert!(store.sample().unwrap().oldest.is_some());
+    let batch: Vec<Settlement> = claimed
+        .iter()
+        .map(|row| later(row, Duration::MAX))
+        .collect();
+    assert_eq!(store.settle(&batch).unwrap().later, claimed.len() as u64);
+    assert!(claim(&*store, 10).is_empty());
+}
+
+fn concurrent_claims_never_share_a_row(bench: &Bench) {
+    const ROWS: usize = 400;
+    let store = bench.open();
+    let rows: Vec<NewRow> = (0..ROWS).map(|_| row(request(b"race"))).collect();
+    store.append(&rows).unwrap();
+    let claimed: Vec<Uuid> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut mine = Vec::new();
+                    loop {
+                        let rows = claim(&*store, 7);
+                        if rows.is_empty() {
+                            return mine;
+                        }
+                        let batch: Vec<Settlement> = rows.iter().map(delivered).collect();
+                        let settled = store.settle(&batch).unwrap();
+                        assert_eq!(settled.delivered, rows.len() as u64);
+                        mine.extend(rows.iter().map(|row| row.request.id));
+                    }
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().unwrap())
+            .collect()
+    });
+    let unique: HashSet<Uuid> = claimed.iter().copied().collect();
+    assert_eq!((claimed.len(), unique.len()), (ROWS, ROWS));
+    assert_eq!(counts(&*store), (0, 0, 0));
+}
+
+fn unreadable_rows_are_buried_and_block_nobody(bench: &Bench) {
+    let store = bench.open();
+    let ids: Vec<Uuid> = (0..6).map(|_| append_one(&*store)).collect();
+    let damages = [
+        "method = 'GE T'".to_string(),
+        "method = ''".to_string(),
+        "target = 'no path'".to_string(),
+        format!("headers = {}", bench.dialect.bytes(b"no field")),
+        format!("headers = {}", bench.dialect.bytes(b"\xff: \0\r\n")),
+    ];
+    for (damage, id) in damages.iter().zip(&ids) {
+        let id = bench.dialect.id(*id);
+        (bench.sql)(&format!(
+            "UPDATE proxy_requests SET {damage} WHERE id = {id}"
+        ));
+    }
+    let (mut unreadable, mut read) = (0, Vec::new());
+    for _ in 0..ids.len() {
+        let claim = store.claim(1, LEASE).unwrap();
+        unreadable += claim.unreadable;
+        read.extend(claim.rows);
+    }
+    assert_eq!(unreadable, damages.len() as u64);
+    assert_eq!(read.len(), 1);
+    assert_eq!(read[0].request.id, ids[5]);
+    assert_eq!(counts(&*store), (0, 1, damages.len() as u64));
+}
+
+fn rows_survive_reopening(bench: &Bench) {
+    let store = bench.open();
+    let leased = append_one(&*store);
+    let row = claim(&*store, 1).pop().unwrap();
+    let waiting = append_one(&*store);
+    drop(store);
+    let store = bench.open();
+    assert_eq!(counts(&*store), (1, 1, 0));
+    assert_eq!(claim(&*store, 10)[0].request.id, waiting);
+    assert_eq!(row.request.id, leased);
+    assert_eq!(store.settle(&[delivered(&row)]).unwrap().delivered, 1);
+}
+
+fn two_stores_share_one_queue(bench: &Bench) {
+    let (one, other) = (bench.open(), bench.open());
+    let id = append_one(&*one);
+    let row = claim(&*other, 1).pop().unwrap();
+    assert_eq!(row.request.id, id);
+    assert!(claim(&*one, 1).is_empty());
+    assert_eq!(one.settle(&[delivered(&row)]).unwrap().delivered, 1);
+    assert_eq!(other.settle(&[delivered(&row)]), Ok(STALE));
+}
+
+fn a_newer_schema_is_refused(bench: &Bench) {
+    append_one(&*bench.open());
+    let now = bench.dialect.now();
+    (bench.sql)(&format!(
+        "INSERT INTO asyncproxy_migrations (version, applied_at) VALUES (1000, {now})"
+    ));
+    let store = bench.open();
+    for _ in 0..2 {
+        let refused = store.append(&[row(request(b"new"))]);
+        assert!(matches!(refused, Err(StoreError::Schema(_))), "{refused:?}");
+    }
+    (bench.sql)("DELETE FROM asyncproxy_migrations WHERE version = 1000");
+    assert_eq!(counts(&*store), (1, 0, 0), "tried again at each call");
+}
