@@ -47,6 +47,37 @@ fn every_request_arrives_once_and_unchanged(route: Route) {
 }
 on_routes!(every_request_arrives_once_and_unchanged);
 
+#[test]
+fn several_instances_share_one_queue() {
+    const ROWS: usize = 1000;
+    let mut destination = Destination::down();
+    let setup = Route::Postgres.to(&destination);
+    let proxies = [setup.start(), setup.start()];
+    for (instance, proxy) in proxies.iter().enumerate() {
+        let statuses = http::load(proxy.intake, 5, ROWS / 10, |number| {
+            request(instance * ROWS / 2 + number)
+        });
+        assert_eq!(statuses, vec![200; ROWS / 2]);
+    }
+    destination.open();
+    let seen = destination.wait_for_numbers(ROWS, PATIENCE);
+    let delivered = proxies.each_ref().map(|proxy| {
+        let settled = metrics::wait_for(proxy, "an empty queue", |metrics| {
+            metrics.get("queue_total_size") == 0.0
+        });
+        settled.get("asyncproxy_delivered_total")
+    });
+    assert_eq!(delivered.iter().sum::<f64>(), ROWS as f64);
+    assert!(delivered.iter().all(|count| *count > 0.0), "{delivered:?}");
+    let mut numbers: Vec<_> = seen.iter().map(|seen| seen.number()).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..ROWS).collect::<Vec<_>>());
+    for proxy in proxies {
+        proxy.stop();
+    }
+    assert_eq!(store::rows(&setup), 0);
+}
+
 fn assert_each_once(seen: &[std::sync::Arc<Seen>]) {
     let mut missing = vec![true; REQUESTS];
     for seen in seen {

@@ -150,7 +150,7 @@ fn what_a_destination_missed_arrives_when_it_is_up(route: Route) {
     );
     destination.open();
     let seen = destination.wait_for_numbers(50, PATIENCE);
-    assert!(seen.iter().all(|seen| seen.attempt() > 1));
+    assert!(seen.iter().any(|seen| seen.attempt() > 1));
     metrics::assert_settled(&proxy, 50);
     // And again, this time with connections that break.
     destination.refuse();
