@@ -18,10 +18,10 @@ use crate::support::pgbouncer::Pgbouncer;
 use crate::support::postgres::cluster;
 
 /// Far beyond what a test takes.
-const LEASE: Duration = Duration::from_secs(600);
+pub const LEASE: Duration = Duration::from_secs(600);
 const SHORT_LEASE: Duration = Duration::from_millis(50);
-const PATIENCE: Duration = Duration::from_secs(60);
-const TIMEOUT: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A database of some kind, empty at first.
 struct Bench {
@@ -86,7 +86,7 @@ impl Bench {
         let bouncer = is_pooled.then(|| Pgbouncer::start(&database));
         let url = match &bouncer {
             Some(bouncer) => bouncer.url(),
-            None => database.url(),
+            None => database.keywords(),
         };
         let sql_database = Arc::clone(&database);
         Bench {
@@ -154,7 +154,7 @@ contract!(
     a_newer_schema_is_refused,
 );
 
-fn request(body: &[u8]) -> Request {
+pub fn request(body: &[u8]) -> Request {
     let mut headers = Headers::default();
     headers.push("Content-Type", b"text/plain").unwrap();
     Request {
@@ -167,7 +167,7 @@ fn request(body: &[u8]) -> Request {
     }
 }
 
-fn row(request: Request) -> NewRow {
+pub fn row(request: Request) -> NewRow {
     NewRow {
         request: Arc::new(request),
         attempt: 0,
@@ -196,13 +196,13 @@ fn failure(error: &str) -> Failure {
 }
 
 /// Appends one row that is due at once.
-fn append_one(store: &dyn Store) -> Uuid {
+pub fn append_one(store: &dyn Store) -> Uuid {
     let row = row(request(b"one"));
     store.append(std::slice::from_ref(&row)).unwrap();
     row.request.id
 }
 
-fn claim(store: &dyn Store, limit: usize) -> Vec<Claimed> {
+pub fn claim(store: &dyn Store, limit: usize) -> Vec<Claimed> {
     let claim = store.claim(limit, LEASE).unwrap();
     assert_eq!(claim.unreadable, 0);
     claim.rows
@@ -228,7 +228,7 @@ fn settlement(row: &Claimed, decision: Decision) -> Settlement {
     }
 }
 
-fn delivered(row: &Claimed) -> Settlement {
+pub fn delivered(row: &Claimed) -> Settlement {
     settlement(row, Decision::Attempted(Verdict::Delivered))
 }
 
@@ -254,7 +254,7 @@ const STALE: Settled = Settled {
 };
 
 /// (waiting, leased, dead)
-fn counts(store: &dyn Store) -> (u64, u64, u64) {
+pub fn counts(store: &dyn Store) -> (u64, u64, u64) {
     let sample = store.sample().unwrap();
     (sample.waiting, sample.leased, sample.dead)
 }

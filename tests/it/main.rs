@@ -20,6 +20,7 @@ mod delivery;
 mod fidelity;
 mod metrics;
 mod outage;
+mod postgres_store;
 mod retry;
 mod selftest;
 mod shutdown;

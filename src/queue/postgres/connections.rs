@@ -94,7 +94,6 @@ impl Connections {
             shared: Arc::new(Shared {
                 pool,
                 last_error,
-                checkout,
                 max,
                 migrated: AtomicBool::new(false),
                 migrating: Mutex::new(()),
@@ -116,13 +115,14 @@ impl Connections {
         let deadline = Instant::now() + self.timeout;
         // Without buffer: the result is either taken or known not to be.
         let (answer, answered) = bounded(0);
-        self.hand_over(Box::new(move |shared| {
+        let job = Box::new(move |shared: &Shared| {
             let result = shared.run(&operation);
             if let Err(SendError(Ok(unwanted))) = answer.send(result) {
                 // Best effort: what is not undone is a lease, and ends by itself.
                 let _ = shared.run(&|client| undo(client, &unwanted));
             }
-        }))?;
+        });
+        self.hand_over(job, deadline)?;
         answered.recv_deadline(deadline).unwrap_or_else(|_| {
             Err(StoreError::Unavailable(format!(
                 "no answer within {:?}",
@@ -131,16 +131,16 @@ impl Connections {
         })
     }
 
-    fn hand_over(&self, job: Job) -> Result<(), StoreError> {
+    fn hand_over(&self, job: Job, deadline: Instant) -> Result<(), StoreError> {
         let job = match self.jobs.0.try_send(job) {
             Ok(()) => return Ok(()),
             Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
         };
         self.add_thread()?;
-        self.jobs
-            .0
-            .send_timeout(job, self.shared.checkout)
-            .map_err(|_| self.shared.all_busy())
+        self.jobs.0.send_deadline(job, deadline).map_err(|_| {
+            let why = format!("all connections busy for {:?}", self.timeout);
+            StoreError::Unavailable(why)
+        })
     }
 
     /// Starts one more thread, unless there are as many as connections.
@@ -166,7 +166,6 @@ impl Connections {
 struct Shared {
     pool: Pool<Manager>,
     last_error: Arc<Mutex<Option<String>>>,
-    checkout: Duration,
     max: u32,
     migrated: AtomicBool,
     migrating: Mutex<()>,
@@ -174,11 +173,11 @@ struct Shared {
 
 impl Shared {
     fn run<T>(&self, operation: &dyn Fn(&mut Client) -> Result<T, Fault>) -> Result<T, StoreError> {
+        let asked_at = Instant::now();
         // A restarted server leaves a whole pool of dead connections behind.
         let mut dead = 0;
         loop {
             let mut link = self.pool.get().map_err(|_| self.no_connection())?;
-            let was_used = std::mem::replace(&mut link.used, true);
             let result = self
                 .ensure_migrated(&mut link.client)
                 .and_then(|()| operation(&mut link.client));
@@ -187,7 +186,7 @@ impl Shared {
                 Err(fault) => fault,
             };
             link.broken = is_broken(&fault);
-            if link.broken && was_used && dead < self.max {
+            if link.broken && link.opened_at < asked_at && dead < self.max {
                 dead += 1;
                 continue;
             }
@@ -217,19 +216,15 @@ impl Shared {
             .unwrap_or_else(PoisonError::into_inner);
         match &*last_error {
             Some(error) => StoreError::Unavailable(error.clone()),
-            None => self.all_busy(),
+            None => StoreError::Unavailable("no connection".into()),
         }
-    }
-
-    fn all_busy(&self) -> StoreError {
-        StoreError::Unavailable(format!("no free connection within {:?}", self.checkout))
     }
 }
 
 /// A connection. Dropped, not reused, once it is `broken`.
 struct Link {
     client: Client,
-    used: bool,
+    opened_at: Instant,
     broken: bool,
 }
 
@@ -256,7 +251,7 @@ impl ManageConnection for Manager {
             .map(|error| format!("{}: {}", self.address, one_line(error)));
         Ok(Link {
             client: result?,
-            used: false,
+            opened_at: Instant::now(),
             broken: false,
         })
     }

@@ -3,12 +3,16 @@
 use ::postgres::types::Type;
 use ::postgres::{Client, Transaction};
 
+use super::super::StoreError;
 use super::super::migrate::{self, Migration};
 use super::adopt;
 use super::connections::Fault;
 
 /// Held until the end of the transaction; the key is the program's name in ASCII.
 const LOCK: &str = "SELECT pg_advisory_xact_lock(x'6173796e6370726f'::bigint)";
+
+/// What the others cannot hold, they would refuse in the middle of a batch.
+const ENCODING: &str = "SELECT getdatabaseencoding()::text";
 
 /// Asked first: a role that may not create tables can still use those that are there.
 const HAS_MIGRATIONS: &str = "SELECT to_regclass('asyncproxy_migrations') IS NOT NULL";
@@ -28,11 +32,17 @@ const RECORD: &str = "
 /// Applies what is still to be applied.
 ///
 /// # Errors
-/// [`StoreError::Schema`](super::super::StoreError::Schema) if the tables found are not ones to
+/// [`StoreError::Schema`] if the tables found are not ones to
 /// work with; otherwise the server's error. Nothing has changed then.
 pub(super) fn migrate(client: &mut Client) -> Result<(), Fault> {
     let mut transaction = client.transaction()?;
     transaction.query_typed_one(LOCK, &[])?;
+    let encoding: String = transaction.query_typed_one(ENCODING, &[])?.try_get(0)?;
+    if !matches!(encoding.as_str(), "UTF8" | "SQL_ASCII") {
+        return Err(Fault::Store(StoreError::Schema(format!(
+            "the database's encoding must be UTF8 (it is {encoding})"
+        ))));
+    }
     let has_migrations: bool = transaction
         .query_typed_one(HAS_MIGRATIONS, &[])?
         .try_get(0)?;

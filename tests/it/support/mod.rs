@@ -9,5 +9,6 @@ pub mod pgbouncer;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
+pub mod relay;
 pub mod route;
 pub mod store;

@@ -1,0 +1,417 @@
+//! What the Postgres store does beyond the contract: it takes over the Go program's table, and
+//! lives through a server that is down, restarted, locked or frozen.
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::time::{Duration, Instant};
+
+use asyncproxy::queue::postgres::PostgresStore;
+use asyncproxy::queue::{Claimed, Store, StoreError};
+
+use crate::contract::{
+    LEASE, PATIENCE, TIMEOUT, append_one, claim, counts, delivered, request, row,
+};
+use crate::support::postgres::{TestDb, cluster};
+use crate::support::relay::Relay;
+
+/// The Go program's migrations, in their final state.
+const GO_SCHEMA: &str = "
+    CREATE TABLE goose_db_version (
+        id serial PRIMARY KEY, version_id bigint NOT NULL, is_applied boolean NOT NULL,
+        tstamp timestamp DEFAULT now());
+    INSERT INTO goose_db_version (version_id, is_applied) VALUES (0, true), (1, true);
+    CREATE TABLE proxy_requests (
+        id varchar PRIMARY KEY, timestamp timestamp DEFAULT now(), method varchar,
+        header varchar, body text, origin_url varchar, attempt smallint DEFAULT 1);
+    CREATE INDEX proxy_requests_due
+        ON proxy_requests (date_trunc('minute', timestamp));";
+
+const SHORT_TIMEOUT: Duration = Duration::from_millis(300);
+
+fn open_with(url: &str, max_connections: u32, timeout: Duration) -> PostgresStore {
+    PostgresStore::new(url.parse().unwrap(), max_connections, true, timeout)
+}
+
+fn open(database: &TestDb) -> PostgresStore {
+    open_with(&database.url(), 5, TIMEOUT)
+}
+
+fn count(database: &TestDb, query: &str) -> i64 {
+    database.client().query_one(query, &[]).unwrap().get(0)
+}
+
+fn fields(row: &Claimed) -> Vec<(String, String)> {
+    row.request
+        .headers
+        .iter()
+        .map(|(name, value)| (name.into(), String::from_utf8_lossy(value).into()))
+        .collect()
+}
+
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited for {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn takes_over_the_waiting_rows_of_the_go_program() {
+    let database = cluster().database();
+    let mut client = database.client();
+    client.batch_execute(GO_SCHEMA).unwrap();
+    let header = r#"{"X-B":["2","1"],"Connection":["close, X-Hop"],"X-Hop":["1"],"Content-Length":["4"],"Content-Type":["text/plain; charset=utf-8"],"A":["\u003cb\u003e"],"X-Forwarded-For":["192.0.2.1"]}"#;
+    let insert = "
+        INSERT INTO proxy_requests (id, timestamp, method, header, body, origin_url, attempt)
+        VALUES ($1, now() - $2 * interval '1 minute', $3, $4, $5, $6, $7)";
+    let id = "6ba7b810-9dad-41d1-80b4-00c04fd430c8";
+    let mut add = |id: &str, age: f64, header: Option<&str>, body: Option<&str>, url: &str, n| {
+        client
+            .execute(insert, &[&id, &age, &"POST", &header, &body, &url, &n])
+            .unwrap();
+    };
+    add(
+        "c",
+        1.0,
+        Some("null"),
+        None,
+        "http://old.example/x?y=1",
+        Some(-3_i16),
+    );
+    add(
+        id,
+        3.0,
+        Some(header),
+        Some("b\u{f6}dy"),
+        "/hook?a=%20b",
+        Some(4),
+    );
+    add("", 2.0, None, Some(""), "", None);
+    let dead = [
+        "{",
+        "[]",
+        r#"{"A":["b\nc"]}"#,
+        r#"{"A B":["c"]}"#,
+        r#"{"A":[1]}"#,
+    ];
+    for (index, header) in dead.iter().enumerate() {
+        add(
+            &format!("bad-{index}"),
+            9.0,
+            Some(header),
+            Some("kept"),
+            "/",
+            Some(2),
+        );
+    }
+    add("bad-url", 9.0, None, Some("kept"), "/a b", Some(2));
+    client
+        .batch_execute(
+            "INSERT INTO proxy_requests (id, timestamp, method) VALUES ('nothing', NULL, NULL);
+             INSERT INTO proxy_requests (id, timestamp, method, origin_url)
+             VALUES ('infinite', '-infinity', 'GET', '/infinite');",
+        )
+        .unwrap();
+
+    let store = open(&database);
+    assert_eq!(counts(&store), (4, 0, 7));
+    let rows = claim(&store, 10);
+    assert_eq!(rows.len(), 4);
+    let first = &rows[0];
+    assert_eq!(first.request.id.to_string(), id);
+    assert_eq!(first.attempt, 4);
+    assert_eq!(first.request.method, "POST");
+    assert_eq!(first.request.target, "/hook?a=%20b");
+    assert_eq!(first.request.body, "b\u{f6}dy".as_bytes());
+    let expected = [
+        ("A", "<b>"),
+        ("Content-Type", "text/plain; charset=utf-8"),
+        ("X-B", "2"),
+        ("X-B", "1"),
+        ("X-Forwarded-For", "192.0.2.1"),
+        ("X-Forwarded-Proto", "http"),
+    ];
+    let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    assert_eq!(fields(first), expected);
+    let age = first.request.received_at.elapsed().unwrap();
+    assert!((180..240).contains(&age.as_secs()), "{age:?}");
+    let targets: Vec<_> = rows.iter().map(|row| row.request.target.as_str()).collect();
+    assert_eq!(targets, ["/hook?a=%20b", "/", "/x?y=1", "/infinite"]);
+    assert!(rows[1..].iter().all(|row| row.attempt == 1));
+    let reasons = "
+        SELECT count(*) FROM proxy_dead_letters
+         WHERE last_error LIKE 'not taken over: %' AND died_at <= now()";
+    assert_eq!(count(&database, reasons), 7);
+    let kept = "SELECT count(*) FROM proxy_dead_letters WHERE body = 'kept'";
+    assert_eq!(count(&database, kept), 6);
+    let left = "SELECT count(*) FROM pg_class WHERE relname LIKE '%go_requests%'";
+    assert_eq!(count(&database, left), 0);
+    assert_eq!(count(&database, "SELECT count(*) FROM goose_db_version"), 2);
+}
+
+#[test]
+fn takes_over_a_long_queue_once_though_two_start() {
+    let database = cluster().database();
+    database.client().batch_execute(GO_SCHEMA).unwrap();
+    database
+        .client()
+        .batch_execute(
+            r#"INSERT INTO proxy_requests (id, method, header, body, origin_url)
+               SELECT gen_random_uuid(), 'POST', '{"A":["1"]}', repeat('x', 1000), '/' || n
+                 FROM generate_series(1, 3210) AS n"#,
+        )
+        .unwrap();
+    let stores = [open(&database), open(&database)];
+    std::thread::scope(|scope| {
+        for store in &stores {
+            scope.spawn(|| assert_eq!(counts(store), (3210, 0, 0)));
+        }
+    });
+}
+
+#[test]
+fn bodies_of_a_database_that_checks_no_encoding_are_kept_as_they_are() {
+    let database = cluster().database();
+    let name = format!("{}_ascii", database.name());
+    database
+        .client()
+        .batch_execute(&format!(
+            "CREATE DATABASE {name} ENCODING 'SQL_ASCII' TEMPLATE template0"
+        ))
+        .unwrap();
+    let url = database.url().replace(database.name(), &name);
+    let mut client = postgres::Client::connect(&url, postgres::NoTls).unwrap();
+    client.batch_execute(GO_SCHEMA).unwrap();
+    client
+        .batch_execute(
+            r"INSERT INTO proxy_requests (id, method, header, body, origin_url)
+              VALUES ('a', 'POST', '{}', convert_from('\xff41fe', 'SQL_ASCII'), '/')",
+        )
+        .unwrap();
+    let store = open_with(&url, 2, TIMEOUT);
+    assert_eq!(claim(&store, 1)[0].request.body, b"\xff\x41\xfe");
+    drop((store, client));
+    database
+        .client()
+        .batch_execute(&format!("DROP DATABASE {name} WITH (FORCE)"))
+        .unwrap();
+}
+
+#[test]
+fn a_table_of_someone_else_is_left_alone() {
+    let database = cluster().database();
+    let theirs = "CREATE TABLE proxy_requests (id int); INSERT INTO proxy_requests VALUES (7)";
+    database.client().batch_execute(theirs).unwrap();
+    let store = open(&database);
+    for _ in 0..2 {
+        let Err(StoreError::Schema(why)) = store.sample() else {
+            panic!("it must be refused");
+        };
+        assert!(why.contains("origin_url"), "{why}");
+    }
+    assert_eq!(count(&database, "SELECT id::bigint FROM proxy_requests"), 7);
+    let made = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'";
+    assert_eq!(count(&database, made), 1);
+    database
+        .client()
+        .batch_execute("DROP TABLE proxy_requests")
+        .unwrap();
+    assert_eq!(counts(&store), (0, 0, 0));
+}
+
+#[test]
+fn many_stores_start_at_once_on_an_empty_database() {
+    let database = cluster().database();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| append_one(&open_with(&database.url(), 2, TIMEOUT)));
+        }
+    });
+    assert_eq!(counts(&open(&database)), (8, 0, 0));
+    let applied = "SELECT count(*) FROM asyncproxy_migrations";
+    assert_eq!(count(&database, applied), 1);
+}
+
+#[test]
+fn needs_no_right_to_create_tables_once_they_are_there() {
+    let database = cluster().database();
+    append_one(&open(&database));
+    let name = format!("{}_user", database.name());
+    database
+        .client()
+        .batch_execute(&format!(
+            "CREATE ROLE {name} LOGIN;
+             GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {name}"
+        ))
+        .unwrap();
+    let store = open_with(
+        &database.url().replace("test@", &format!("{name}@")),
+        2,
+        TIMEOUT,
+    );
+    append_one(&store);
+    assert_eq!(
+        store
+            .settle(&[delivered(&claim(&store, 1)[0])])
+            .unwrap()
+            .delivered,
+        1
+    );
+}
+
+#[test]
+fn other_encodings_are_refused_by_name() {
+    let database = cluster().database();
+    let name = format!("{}_latin1", database.name());
+    let create = format!("CREATE DATABASE {name} ENCODING 'LATIN1' TEMPLATE template0");
+    database.client().batch_execute(&create).unwrap();
+    let store = open_with(&database.url().replace(database.name(), &name), 2, TIMEOUT);
+    let refused = store.sample();
+    assert!(matches!(&refused, Err(StoreError::Schema(why)) if why.contains("LATIN1")));
+    drop(store);
+    let remove = format!("DROP DATABASE {name} WITH (FORCE)");
+    database.client().batch_execute(&remove).unwrap();
+}
+
+#[test]
+fn connections_that_died_while_idle_are_replaced_unnoticed() {
+    let database = cluster().database();
+    let store = open(&database);
+    let kill = "
+        SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+         WHERE datname = current_database() AND pid <> pg_backend_pid()";
+    for round in 1..4 {
+        // As many connections as there are.
+        std::thread::scope(|scope| {
+            for _ in 0..5 {
+                scope.spawn(|| append_one(&store));
+            }
+        });
+        assert!(count(&database, kill) >= 1);
+        let alive = "
+            SELECT count(*) FROM pg_stat_activity
+             WHERE datname = current_database() AND pid <> pg_backend_pid()";
+        wait_until("the connections to be gone", || {
+            count(&database, alive) == 0
+        });
+        assert_eq!(counts(&store).0, 5 * round);
+    }
+}
+
+#[test]
+fn a_server_that_comes_up_late_is_used() {
+    let database = cluster().database();
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let url = database
+        .url()
+        .replace(&database.port().to_string(), &address.port().to_string());
+    let store = open_with(&url, 3, TIMEOUT);
+    for _ in 0..2 {
+        let started = Instant::now();
+        let result = store.append(&[row(request(b"down"))]);
+        let Err(StoreError::Unavailable(why)) = result else {
+            panic!("{result:?}");
+        };
+        assert!(started.elapsed() < Duration::from_secs(10));
+        assert!(why.contains(&address.to_string()), "{why}");
+        assert!(why.contains("refused"), "{why}");
+    }
+    let _relay = Relay::start(TcpListener::bind(address).unwrap(), database.port());
+    wait_until("the store to work", || {
+        store.append(&[row(request(b"up"))]).is_ok()
+    });
+    assert_eq!(counts(&store), (1, 0, 0));
+}
+
+#[test]
+fn a_database_that_is_not_there_is_named() {
+    let database = cluster().database();
+    let store = open_with(
+        &database.url().replace(database.name(), "nowhere"),
+        2,
+        TIMEOUT,
+    );
+    let result = store.sample();
+    let Err(StoreError::Unavailable(why)) = result else {
+        panic!("{result:?}");
+    };
+    assert!(why.contains("database \"nowhere\" does not exist"), "{why}");
+}
+
+#[test]
+fn a_frozen_server_holds_up_nobody_and_no_row_is_left_leased() {
+    let database = cluster().database();
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let relay = Relay::start(listener, database.port());
+    let url = database
+        .url()
+        .replace(&database.port().to_string(), &relay.port().to_string());
+    let store = open_with(&url, 2, SHORT_TIMEOUT);
+    // Connecting may take longer than so short a timeout.
+    wait_until("the store to work", || {
+        store.append(&[row(request(b"a"))]).is_ok()
+    });
+    wait_until("the store to count", || store.sample().is_ok());
+    let before = open(&database).sample().unwrap().waiting;
+    relay.freeze(true);
+    for _ in 0..4 {
+        let started = Instant::now();
+        let result = store.claim(10, LEASE);
+        assert!(
+            matches!(result, Err(StoreError::Unavailable(_))),
+            "{result:?}"
+        );
+        assert!(
+            started.elapsed() < 10 * SHORT_TIMEOUT,
+            "{:?}",
+            started.elapsed()
+        );
+    }
+    relay.freeze(false);
+    // What the abandoned claims got is given back, as if they had not been.
+    let other = open(&database);
+    wait_until("the claims to end", || {
+        count(
+            &database,
+            "SELECT count(*) FROM pg_stat_activity
+              WHERE datname = current_database() AND state = 'active'
+                AND pid <> pg_backend_pid()",
+        ) == 0
+            && counts(&other) == (before, 0, 0)
+    });
+    wait_until("the store to work", || store.sample().is_ok());
+    let mut rows = Vec::new();
+    wait_until("the rows to be claimed", || {
+        if let Ok(claim) = store.claim(10, LEASE) {
+            rows.extend(claim.rows);
+        }
+        rows.len() as u64 == before
+    });
+    assert!(rows.iter().all(|row| row.attempt == 1));
+}
+
+#[test]
+fn a_locked_table_holds_up_nobody() {
+    let database = cluster().database();
+    let store = open_with(&database.url(), 2, Duration::from_secs(2));
+    wait_until("the store to work", || {
+        store.append(&[row(request(b"a"))]).is_ok()
+    });
+    let mut locker = database.client();
+    let mut lock = locker.transaction().unwrap();
+    lock.batch_execute("LOCK TABLE proxy_requests").unwrap();
+    for _ in 0..3 {
+        let started = Instant::now();
+        let result = store.sample();
+        assert!(
+            matches!(result, Err(StoreError::Unavailable(_))),
+            "{result:?}"
+        );
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+    lock.rollback().unwrap();
+    wait_until("the store to work", || store.sample().is_ok());
+    assert_eq!(counts(&store), (1, 0, 0));
+}
