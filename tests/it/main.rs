@@ -18,6 +18,7 @@ mod cli;
 mod contract;
 mod delivery;
 mod fidelity;
+mod log;
 mod metrics;
 mod outage;
 mod postgres_store;
