@@ -15,6 +15,7 @@ const LONG: &str = "10m";
 
 /// Starts the program again; all numbers below `n` must arrive, and nothing must be left.
 fn assert_all_arrive_after_restart(setup: &Setup, destination: &mut Destination, n: usize) {
+    assert_eq!(store::leased(setup), 0, "leases are given back");
     destination.refuse();
     destination.answer(|_| Answer::ok());
     destination.open();

@@ -16,14 +16,26 @@ pub struct Dead {
 }
 
 const COUNT: &str = "SELECT count(*) FROM proxy_requests";
+// As text: one store has a boolean, the other a number.
+const COUNT_LEASED: &str =
+    "SELECT count(*) FROM proxy_requests WHERE CAST(leased AS text) IN ('1', 'true')";
 const DEAD: &str = "SELECT attempt, last_status, last_error, method, target, body \
                     FROM proxy_dead_letters ORDER BY received_at, body";
 
 /// Rows that wait or are leased.
 pub fn rows(setup: &Setup) -> i64 {
+    count(setup, COUNT)
+}
+
+/// Rows that are leased, whether the lease is over or not.
+pub fn leased(setup: &Setup) -> i64 {
+    count(setup, COUNT_LEASED)
+}
+
+fn count(setup: &Setup, query: &str) -> i64 {
     match Store::of(setup) {
-        Store::Sqlite(store) => store.query_row(COUNT, [], |row| row.get(0)).expect(COUNT),
-        Store::Postgres(mut store) => store.query_one(COUNT, &[]).expect(COUNT).get(0),
+        Store::Sqlite(store) => store.query_row(query, [], |row| row.get(0)).expect(query),
+        Store::Postgres(mut store) => store.query_one(query, &[]).expect(query).get(0),
     }
 }
 
