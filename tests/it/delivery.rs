@@ -3,7 +3,7 @@
 use crate::support::destination::{Destination, Seen};
 use crate::support::http;
 use crate::support::metrics;
-use crate::support::proxy::PATIENCE;
+use crate::support::proxy::{PATIENCE, Setup};
 use crate::support::route::{Route, on_routes};
 use crate::support::store;
 
@@ -46,6 +46,25 @@ fn every_request_arrives_once_and_unchanged(route: Route) {
     assert_eq!(destination.seen().len(), REQUESTS);
 }
 on_routes!(every_request_arrives_once_and_unchanged);
+
+#[test]
+fn as_many_threads_as_the_go_program_had() {
+    let destination = Destination::start();
+    let setup = Setup::new(&destination.url())
+        .set("proxy.num_clients", 700)
+        .set("queue.workers", 120)
+        .set("server.enqueue_rate", 300);
+    let proxy = setup.start();
+    let statuses = http::load(proxy.intake, SENDERS, 100, request);
+    assert_eq!(statuses, vec![200; SENDERS * 100]);
+    destination.wait_for_numbers(SENDERS * 100, PATIENCE);
+    let metrics = metrics::assert_settled(&proxy, SENDERS * 100);
+    // The rate divides them: some went each way.
+    assert!(metrics.get(Route::Direct.admission()) >= 1.0);
+    assert!(metrics.get(Route::Sqlite.admission()) >= 1.0);
+    proxy.stop();
+    assert_eq!(destination.seen().len(), SENDERS * 100);
+}
 
 #[test]
 fn several_instances_share_one_queue() {
