@@ -11,4 +11,5 @@ pub mod process;
 pub mod proxy;
 pub mod relay;
 pub mod route;
+pub mod seen;
 pub mod store;
