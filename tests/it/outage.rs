@@ -144,6 +144,33 @@ fn without_a_queue_a_full_channel_refuses() {
 }
 
 #[test]
+fn bodies_past_the_memory_limit_are_refused_for_the_time_being() {
+    let mut destination = Destination::answering(|_| Answer::hang());
+    let setup = Setup::new(&destination.url())
+        .set("server.enqueue_enabled", false)
+        .set("server.max_body_size", "1MiB")
+        .set("server.memory_limit", "1MiB");
+    let proxy = setup.start();
+    let id = |number| format!("X-Id: {number}");
+    let large = |number| http::request("POST", "/hook", &[&id(number)], &vec![b'x'; 600 * 1024]);
+    assert_eq!(proxy.send(&large(0)).status, 200);
+    destination.wait_for(1, PATIENCE);
+    let refused = proxy.send(&large(1));
+    assert_eq!(refused.status, 503);
+    assert!(refused.field("retry-after").is_some());
+    // Small ones have room still.
+    proxy.accept(2..3);
+    destination.refuse();
+    destination.answer(|_| Answer::ok());
+    destination.open();
+    metrics::assert_settled(&proxy, 2);
+    assert_eq!(proxy.metrics().get("asyncproxy_held_bytes"), 0.0);
+    assert_eq!(proxy.send(&large(3)).status, 200);
+    metrics::assert_settled(&proxy, 3);
+    assert!(destination.seen().iter().all(|seen| seen.number() != 1));
+}
+
+#[test]
 fn a_read_only_sqlite_file_is_reported_and_picked_up_again() {
     let disk = Disk::mount("16m");
     let mut destination = Destination::down();
