@@ -3,7 +3,6 @@
 
 use std::fmt;
 use std::io;
-use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -11,14 +10,15 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use socket2::Socket;
 
 use crate::admission::Admission;
 use crate::budget::Budget;
-use crate::config::{Acceptor as AcceptorKind, Config, Database};
+use crate::config::{Acceptor as AcceptorKind, Bind, Config, Database, shown_address};
 use crate::control::{self, Control};
 use crate::descriptors;
 use crate::drain::Drain;
-use crate::intake::{Intake, tiny_http};
+use crate::intake::{Intake, builtin, tiny_http};
 use crate::metrics::Metrics;
 use crate::queue::Store;
 use crate::queue::health::StoreHealth;
@@ -30,6 +30,12 @@ use crate::queue::writer::{Appender, Writer};
 use crate::thread::Threads;
 use crate::upstream::Upstream;
 use crate::worker::{Delivery, Shared, Slot, Worker};
+
+/// For scrapers and health checks.
+const CONTROL_TIMES: builtin::Times = builtin::Times {
+    request: Duration::from_secs(5),
+    idle: Duration::from_secs(60),
+};
 
 /// Why the program could not start, or did not end well.
 #[derive(Debug)]
@@ -94,7 +100,7 @@ fn start(what: impl Into<String>) -> impl FnOnce(io::Error) -> RunError {
     }
 }
 
-fn listen(setting: &'static str, bind: &crate::config::Bind) -> Result<TcpListener, RunError> {
+fn listen(setting: &'static str, bind: &Bind) -> Result<Socket, RunError> {
     bind.listen().map_err(|error| RunError::Listen {
         setting,
         address: bind.to_string(),
@@ -125,11 +131,13 @@ struct Stage {
     budget: Arc<Budget>,
 }
 
+type StopAccepting = Box<dyn FnOnce()>;
+
 /// The running program.
 struct Running {
     threads: Threads,
     signals: Receiver<i32>,
-    acceptor: Arc<tiny_http::Acceptor>,
+    stop_accepting: StopAccepting,
     intake: Arc<Intake>,
     drain: Drain,
     /// Closed to stop claiming.
@@ -140,10 +148,10 @@ impl Running {
     fn start(
         config: &Config,
         signals: Signals,
-        listener: TcpListener,
-        control_listener: TcpListener,
+        listener: Socket,
+        control_listener: Socket,
     ) -> Result<Running, RunError> {
-        let mut threads = Threads::default();
+        let threads = Threads::default();
         let metrics = Metrics::new(config.metrics.max_paths)
             .map_err(io::Error::other)
             .map_err(start("metrics"))?;
@@ -153,11 +161,10 @@ impl Running {
             metrics: Arc::new(metrics),
             budget: Budget::new(config.server.memory_limit),
         };
-        let signals = forward(&mut threads, signals)?;
+        let signals = forward(&threads, signals)?;
         let (wake, woken) = Wake::new();
         let (claiming, stop) = bounded(0);
-        let (appender, settlements) =
-            start_store_threads(&mut threads, &stage, config, &wake, &stop)?;
+        let (appender, settlements) = start_store_threads(&threads, &stage, config, &wake, &stop)?;
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let (direct_sender, direct) = bounded(config.proxy.num_clients);
         let (claimed_sender, claimed) = bounded(2 * config.queue.workers);
@@ -170,7 +177,7 @@ impl Running {
             metrics: Arc::clone(&stage.metrics),
             hurry,
         });
-        let slots = start_workers(&mut threads, config, &shared, &direct, &claimed)?;
+        let slots = start_workers(&threads, config, &shared, &direct, &claimed)?;
         let poller = Poller {
             store: Arc::clone(&stage.store),
             health: Arc::clone(&stage.health),
@@ -183,10 +190,10 @@ impl Running {
             stop,
             deliveries: claimed_sender,
         };
-        spawn(&mut threads, "poller", move || poller.run())?;
+        spawn(&threads, "poller", move || poller.run())?;
         let intake = Arc::new(new_intake(config, &stage, direct_sender, appender.clone()));
-        let acceptor = start_intake(&mut threads, config, listener, &intake)?;
-        start_control(&mut threads, config, &stage, &intake, control_listener)?;
+        let stop_accepting = start_intake(&threads, config, listener, &intake)?;
+        start_control(&threads, config, &stage, &intake, control_listener)?;
         let drain = Drain {
             store: stage.store,
             metrics: stage.metrics,
@@ -200,7 +207,7 @@ impl Running {
         Ok(Running {
             threads,
             signals,
-            acceptor,
+            stop_accepting,
             intake,
             drain,
             claiming,
@@ -228,7 +235,7 @@ impl Running {
     fn drain(self, timeout: Duration) -> u64 {
         let deadline = Instant::now() + timeout;
         self.intake.draining.store(true, Ordering::Relaxed);
-        self.acceptor.stop_accepting();
+        (self.stop_accepting)();
         drop(self.claiming);
         self.threads.wait_for("poller", deadline);
         self.drain.release_unstarted();
@@ -239,7 +246,7 @@ impl Running {
 }
 
 fn spawn(
-    threads: &mut Threads,
+    threads: &Threads,
     name: impl Into<String>,
     body: impl FnOnce() + Send + 'static,
 ) -> Result<(), RunError> {
@@ -249,7 +256,7 @@ fn spawn(
     )))
 }
 
-fn forward(threads: &mut Threads, mut signals: Signals) -> Result<Receiver<i32>, RunError> {
+fn forward(threads: &Threads, mut signals: Signals) -> Result<Receiver<i32>, RunError> {
     let (sender, receiver) = bounded(8);
     spawn(threads, "signals", move || {
         for signal in signals.forever() {
@@ -261,7 +268,7 @@ fn forward(threads: &mut Threads, mut signals: Signals) -> Result<Receiver<i32>,
 }
 
 fn start_store_threads(
-    threads: &mut Threads,
+    threads: &Threads,
     stage: &Stage,
     config: &Config,
     wake: &Wake,
@@ -295,7 +302,7 @@ fn start_store_threads(
 }
 
 fn start_workers(
-    threads: &mut Threads,
+    threads: &Threads,
     config: &Config,
     shared: &Arc<Shared>,
     direct: &Receiver<Delivery>,
@@ -359,46 +366,71 @@ fn new_intake(
     }
 }
 
+/// Starts the acceptor that the settings name, and tells how to stop accepting.
 fn start_intake(
-    threads: &mut Threads,
+    threads: &Threads,
     config: &Config,
-    listener: TcpListener,
+    listener: Socket,
     intake: &Arc<Intake>,
-) -> Result<Arc<tiny_http::Acceptor>, RunError> {
-    let AcceptorKind::TinyHttp = config.server.acceptor;
-    let address = listener.local_addr().map_err(start("intake"))?;
-    let acceptor =
-        tiny_http::Acceptor::new(listener, Arc::clone(intake)).map_err(start("intake"))?;
-    let acceptor = Arc::new(acceptor);
-    for number in 1..=tiny_http::THREADS {
-        let acceptor = Arc::clone(&acceptor);
-        spawn(threads, format!("intake-{number}"), move || acceptor.run())?;
-    }
+) -> Result<StopAccepting, RunError> {
+    let address = shown_address(&listener).map_err(start("intake"))?;
+    let server = &config.server;
+    let stop: StopAccepting = match server.acceptor {
+        AcceptorKind::Builtin => {
+            let times = builtin::Times {
+                request: server.read_timeout,
+                idle: server.idle_timeout,
+            };
+            let acceptor = builtin::Acceptor::start(
+                "intake",
+                listener,
+                Arc::clone(intake),
+                times,
+                server.max_connections,
+                threads,
+            )
+            .map_err(start("intake"))?;
+            Box::new(move || acceptor.close())
+        }
+        AcceptorKind::TinyHttp => {
+            let acceptor = tiny_http::Acceptor::new(listener.into(), Arc::clone(intake));
+            let acceptor = Arc::new(acceptor.map_err(start("intake"))?);
+            for number in 1..=tiny_http::THREADS {
+                let acceptor = Arc::clone(&acceptor);
+                spawn(threads, format!("intake-{number}"), move || acceptor.run())?;
+            }
+            Box::new(move || acceptor.stop_accepting())
+        }
+    };
     log::info!(addr:% = address; "listening");
-    Ok(acceptor)
+    Ok(stop)
 }
 
 fn start_control(
-    threads: &mut Threads,
+    threads: &Threads,
     config: &Config,
     stage: &Stage,
     intake: &Arc<Intake>,
-    listener: TcpListener,
+    listener: Socket,
 ) -> Result<(), RunError> {
-    let address = listener.local_addr().map_err(start("control"))?;
-    let server = Control::listen(listener).map_err(start("control"))?;
-    let control = Arc::new(Control::new(
-        server,
-        config.metrics.path.clone(),
-        Arc::clone(&stage.metrics),
-        Arc::clone(&stage.health),
-        Arc::clone(intake),
-        !config.server.enqueue_enabled || config.server.enqueue_rate > 0,
-    ));
-    for number in 1..=control::THREADS {
-        let control = Arc::clone(&control);
-        spawn(threads, format!("control-{number}"), move || control.run())?;
-    }
+    let address = shown_address(&listener).map_err(start("control"))?;
+    let control = Control {
+        metrics_path: config.metrics.path.clone(),
+        metrics: Arc::clone(&stage.metrics),
+        health: Arc::clone(&stage.health),
+        intake: Arc::clone(intake),
+        goes_direct: !config.server.enqueue_enabled || config.server.enqueue_rate > 0,
+        budget: Budget::new(0),
+    };
+    builtin::Acceptor::start(
+        "control",
+        listener,
+        Arc::new(control),
+        CONTROL_TIMES,
+        control::CONNECTIONS_MAX,
+        threads,
+    )
+    .map_err(start("control"))?;
     log::info!(addr:% = address; "serving metrics and health");
     Ok(())
 }

@@ -1,13 +1,90 @@
-//! Settings: raw text from YAML and ENV in, a validated [`Config`] out. Nothing later checks again.
+//! Settings: text from YAML and the environment in, a validated [`Config`] out. Nothing later
+//! checks again.
 
-use std::io;
-use std::net::TcpListener;
-use std::path::PathBuf;
+mod address;
+mod database;
+mod raw;
+mod values;
+
+use std::fmt::Write;
+use std::path::Path;
 use std::time::Duration;
 
-use http::uri::{Authority, Scheme};
+pub use address::{Bind, RemoteUrl, shown_address};
+pub use database::Database;
+pub use raw::ConfigError;
+pub use values::duration as parse_duration;
 
 use crate::settle::RetryPolicy;
+use raw::Raw;
+
+/// One setting: what documents and error messages say of it.
+#[derive(Debug)]
+pub struct Setting {
+    /// `section.name`.
+    pub key: &'static str,
+    pub default: &'static str,
+    pub accepts: &'static str,
+    pub about: &'static str,
+}
+
+impl Setting {
+    /// The environment variable that overrides it.
+    pub fn env(&self) -> String {
+        self.key.to_ascii_uppercase().replace('.', "_")
+    }
+
+    fn section(&self) -> &'static str {
+        self.key
+            .split_once('.')
+            .map_or(self.key, |(section, _)| section)
+    }
+}
+
+macro_rules! settings {
+    ($($key:literal = $default:literal, $accepts:literal, $about:literal;)*) => {
+        /// All settings, in the order of `config.yaml`.
+        pub const SETTINGS: &[Setting] = &[$(Setting {
+            key: $key,
+            default: $default,
+            accepts: $accepts,
+            about: $about,
+        }),*];
+    };
+}
+
+settings! {
+    "server.bind" = ":8080", "an address",
+        "where to listen: `host:port`, `:port` for all addresses, `unix:/path`, `systemd` or `systemd:NAME`";
+    "server.response_status" = "200", "a status", "status that acknowledges a request (200 to 599)";
+    "server.shutdown_timeout" = "30s", "a duration", "time workers get to finish at a shutdown; what is left then is stored";
+    "server.enqueue_enabled" = "true", "true or false", "`false`: nothing is stored before it was tried once";
+    "server.enqueue_rate" = "100", "a whole number", "requests a second that go direct, the rest is stored; `0`: all are stored";
+    "server.acceptor" = "builtin", "builtin or tiny_http", "`builtin`, or `tiny_http` for trusted networks only";
+    "server.max_connections" = "1024", "a whole number", "connections open at once; more wait while idle ones are closed";
+    "server.read_timeout" = "5s", "a duration", "time for a whole request to come in (builtin only)";
+    "server.idle_timeout" = "60s", "a duration", "time a connection may be idle between requests (builtin only)";
+    "server.max_body_size" = "10MiB", "a size", "larger bodies are refused with 413";
+    "server.memory_limit" = "256MiB", "a size", "bodies held in memory, over all stages; past it requests are refused with 503";
+    "metrics.bind" = ":8081", "an address", "where metrics and health are served, as `server.bind`";
+    "metrics.path" = "/metrics", "a path", "path of the metrics";
+    "metrics.max_paths" = "50", "a whole number", "distinct `path` labels; the rest is `other`";
+    "proxy.remote_url" = "http://localhost:5000", "a URL", "the destination; a path in it is put before each target";
+    "proxy.request_timeout" = "120s", "a duration", "time for one attempt, from connecting to the end of the answer";
+    "proxy.num_clients" = "700", "a whole number", "threads that deliver direct requests, and how many more may wait for them";
+    "queue.workers" = "120", "a whole number", "threads that deliver stored requests";
+    "queue.handle_per_second" = "30", "a whole number", "stored requests sent a second, at most";
+    "queue.max_retries" = "1000", "a whole number", "attempts after the first, then a request is moved to the dead letters";
+    "queue.backoff_min" = "1s", "a duration", "pause after the first failed attempt; doubles with each";
+    "queue.backoff_max" = "10m", "a duration", "longest pause between attempts";
+    "queue.max_age" = "0s", "a duration", "age at which a request that fails is moved to the dead letters; `0`: none";
+    "queue.give_up_statuses" = "", "a list of statuses", "answers after which there is no further attempt, such as `[410]`";
+    "db.connection_string" = "sqlite:asyncproxy.sqlite", "a connection string", "the queue: `sqlite:PATH`, a Postgres URL, or libpq keywords";
+    "db.max_connections" = "2", "a whole number", "connections to Postgres";
+    "db.use_index" = "true", "true or false", "`false`: rows are claimed as they lie, not the oldest first";
+    "db.timeout" = "5s", "a duration", "time for one operation of the store";
+    "log.level" = "info", "a level", "`error`, `warn`, `info`, `debug` or `trace`";
+}
 
 /// All settings, validated.
 #[derive(Debug)]
@@ -18,6 +95,8 @@ pub struct Config {
     pub queue: Queue,
     pub db: Db,
     pub log: Log,
+    warnings: Vec<String>,
+    raw: Raw,
 }
 
 #[derive(Debug)]
@@ -26,14 +105,21 @@ pub struct Server {
     pub response_status: u16,
     pub shutdown_timeout: Duration,
     pub enqueue_enabled: bool,
+    /// Requests a second.
     pub enqueue_rate: u32,
     pub acceptor: Acceptor,
+    pub max_connections: usize,
+    pub read_timeout: Duration,
+    pub idle_timeout: Duration,
+    /// Bytes.
     pub max_body_size: usize,
+    /// Bytes.
     pub memory_limit: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Acceptor {
+    Builtin,
     TinyHttp,
 }
 
@@ -51,15 +137,6 @@ pub struct Proxy {
     pub num_clients: usize,
 }
 
-/// `proxy.remote_url`, taken apart.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RemoteUrl {
-    pub scheme: Scheme,
-    pub authority: Authority,
-    /// Put before each target; empty or begins with `/`, never ends with one.
-    pub path_prefix: String,
-}
-
 #[derive(Debug)]
 pub struct Queue {
     pub workers: usize,
@@ -75,30 +152,215 @@ pub struct Db {
     pub timeout: Duration,
 }
 
-/// `db.connection_string`, taken apart.
-#[derive(Debug)]
-pub enum Database {
-    Sqlite(PathBuf),
-    Postgres(Box<postgres::Config>),
-}
-
 #[derive(Debug)]
 pub struct Log {
     pub level: log::LevelFilter,
 }
 
-/// An address to listen on: `host:port`, or `:port` for all addresses.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bind(String);
+impl Config {
+    /// Reads a file and the process' environment.
+    ///
+    /// # Errors
+    /// One line that says what is wrong and what is accepted.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let yaml = std::fs::read_to_string(path).map_err(|error| {
+            let hint = "name another file with --config";
+            ConfigError(format!(
+                "{path:?}: cannot read the settings: {error}; {hint}"
+            ))
+        })?;
+        Config::from_yaml(&yaml, &|name| std::env::var(name).ok())
+            .map_err(|error| ConfigError(format!("{path:?}: {error}")))
+    }
 
-impl Bind {
-    pub fn listen(&self) -> io::Result<TcpListener> {
-        TcpListener::bind(&self.0)
+    /// Understands settings; `env` looks up an environment variable.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn from_yaml(
+        yaml: &str,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Config, ConfigError> {
+        let raw = Raw::read(yaml, env)?;
+        let (db, warnings) = db(&raw, env)?;
+        let config = Config {
+            server: server(&raw)?,
+            metrics: Metrics {
+                bind: raw.get("metrics.bind", Bind::parse)?,
+                path: raw.get("metrics.path", values::metrics_path)?,
+                max_paths: raw.get("metrics.max_paths", |text| values::integer(text, 0, 10_000))?,
+            },
+            proxy: Proxy {
+                // May hold credentials, though it must not.
+                remote_url: raw.get_secret("proxy.remote_url", RemoteUrl::parse)?,
+                request_timeout: raw.get("proxy.request_timeout", values::positive_duration)?,
+                num_clients: raw
+                    .get("proxy.num_clients", |text| values::integer(text, 1, 10_000))?,
+            },
+            queue: queue(&raw)?,
+            db,
+            log: Log {
+                level: raw.get("log.level", values::level)?,
+            },
+            warnings,
+            raw,
+        };
+        config.check_together()?;
+        Ok(config)
+    }
+
+    fn check_together(&self) -> Result<(), ConfigError> {
+        let Config {
+            server, queue, raw, ..
+        } = self;
+        let compared = |key, other: &str, must_be| {
+            let (got, than) = (raw.text(key), raw.text(other));
+            raw.error(
+                key,
+                &format!("must be {must_be} {other} ({than}), got {got}"),
+            )
+        };
+        if server.memory_limit < server.max_body_size {
+            return Err(compared(
+                "server.memory_limit",
+                "server.max_body_size",
+                "at least",
+            ));
+        }
+        if queue.retry.backoff_max < queue.retry.backoff_min {
+            return Err(compared(
+                "queue.backoff_max",
+                "queue.backoff_min",
+                "at least",
+            ));
+        }
+        if server.acceptor == Acceptor::TinyHttp
+            && !matches!(server.bind, Bind::All(_) | Bind::Host(..))
+        {
+            let what = "must be host:port or :port with server.acceptor tiny_http";
+            return Err(raw.error("server.bind", what));
+        }
+        if server.bind == self.metrics.bind
+            && !matches!(server.bind, Bind::All(0) | Bind::Host(_, 0))
+        {
+            return Err(raw.error("metrics.bind", "must be another address than server.bind"));
+        }
+        Ok(())
+    }
+
+    /// What is accepted but probably not meant.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// All settings as YAML, without secrets.
+    pub fn effective(&self) -> String {
+        let mut yaml = String::new();
+        let mut section = "";
+        for setting in SETTINGS {
+            if setting.section() != section {
+                section = setting.section();
+                // Writing to a String cannot fail.
+                let _ = writeln!(yaml, "{section}:");
+            }
+            let text = match setting.key {
+                "db.connection_string" => database::masked(&self.db.database),
+                key => self.raw.text(key).to_owned(),
+            };
+            let name = setting
+                .key
+                .trim_start_matches(section)
+                .trim_start_matches('.');
+            let value = match setting.key {
+                "queue.give_up_statuses" => format!("[{text}]"),
+                _ => in_yaml(&text),
+            };
+            let _ = writeln!(yaml, "  {name}: {value}");
+        }
+        yaml
     }
 }
 
-impl std::fmt::Display for Bind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+/// A scalar as YAML reads it back.
+fn in_yaml(text: &str) -> String {
+    let is_plain = text.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '/')
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"._-/:=<>@, ".contains(&byte))
+        && !text.contains(": ")
+        && !text.ends_with([':', ' ']);
+    if is_plain {
+        text.to_owned()
+    } else if text.chars().any(char::is_control) {
+        format!("{text:?}")
+    } else {
+        format!("'{}'", text.replace('\'', "''"))
     }
 }
+
+fn server(raw: &Raw) -> Result<Server, ConfigError> {
+    Ok(Server {
+        bind: raw.get("server.bind", Bind::parse)?,
+        response_status: raw.get("server.response_status", |text| {
+            values::integer(text, 200, 599)
+        })?,
+        shutdown_timeout: raw.get("server.shutdown_timeout", values::duration)?,
+        enqueue_enabled: raw.get("server.enqueue_enabled", values::boolean)?,
+        enqueue_rate: raw.get("server.enqueue_rate", |text| {
+            values::integer(text, 0, 1_000_000)
+        })?,
+        acceptor: raw.get("server.acceptor", |text| match text {
+            "builtin" => Ok(Acceptor::Builtin),
+            "tiny_http" => Ok(Acceptor::TinyHttp),
+            _ => Err("builtin or tiny_http".to_owned()),
+        })?,
+        max_connections: raw.get("server.max_connections", |text| {
+            values::integer(text, 1, 20_000)
+        })?,
+        read_timeout: raw.get("server.read_timeout", values::positive_duration)?,
+        idle_timeout: raw.get("server.idle_timeout", values::positive_duration)?,
+        max_body_size: raw.get("server.max_body_size", values::size)?,
+        memory_limit: raw.get("server.memory_limit", values::size)?,
+    })
+}
+
+fn queue(raw: &Raw) -> Result<Queue, ConfigError> {
+    let max_age = raw.get("queue.max_age", values::duration)?;
+    Ok(Queue {
+        workers: raw.get("queue.workers", |text| values::integer(text, 1, 10_000))?,
+        handle_per_second: raw.get("queue.handle_per_second", |text| {
+            values::integer(text, 1, 1_000_000)
+        })?,
+        retry: RetryPolicy {
+            // One less than what counts as an attempt.
+            max_retries: raw.get("queue.max_retries", |text| {
+                values::integer(text, 0, 1_000_000_000)
+            })?,
+            backoff_min: raw.get("queue.backoff_min", values::positive_duration)?,
+            backoff_max: raw.get("queue.backoff_max", values::positive_duration)?,
+            max_age: (!max_age.is_zero()).then_some(max_age),
+            give_up_statuses: raw.get("queue.give_up_statuses", values::failed_statuses)?,
+        },
+    })
+}
+
+fn db(raw: &Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<(Db, Vec<String>), ConfigError> {
+    const KEY: &str = "db.connection_string";
+    let user = env("USER").filter(|user| !user.is_empty());
+    let user = user.as_deref().unwrap_or("postgres");
+    let parsed = raw.get_secret(KEY, |text| database::parse(text, user))?;
+    let mut warnings = Vec::new();
+    if !parsed.ignored.is_empty() {
+        warnings.push(format!("{KEY}: ignored {}", parsed.ignored.join(", ")));
+    }
+    let db = Db {
+        database: parsed.database,
+        max_connections: raw.get("db.max_connections", |text| values::integer(text, 1, 1000))?,
+        use_index: raw.get("db.use_index", values::boolean)?,
+        timeout: raw.get("db.timeout", values::positive_duration)?,
+    };
+    Ok((db, warnings))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,123 +1,88 @@
 //! The control port: metrics for Prometheus, `/healthz` and `/readyz`.
 
-use std::io;
-use std::net::TcpListener;
 use std::sync::Arc;
 
-use ::tiny_http::{Header, Method, Response, Server};
-
-use crate::intake::Intake;
+use crate::budget::{Budget, Permit};
+use crate::intake::builtin::{Received, Service};
+use crate::intake::{Answer, Intake};
 use crate::metrics::Metrics;
 use crate::queue::health::StoreHealth;
 
-/// Enough for a scraper and a health check at once.
-pub const THREADS: usize = 2;
+/// Enough for some scrapers and health checks at once.
+pub const CONNECTIONS_MAX: usize = 16;
 
 /// Answers on the control port.
+#[derive(Debug)]
 pub struct Control {
-    server: Server,
     pub metrics_path: String,
     pub metrics: Arc<Metrics>,
     pub health: Arc<StoreHealth>,
     pub intake: Arc<Intake>,
     /// Whether requests may go direct as long as the store does not work.
     pub goes_direct: bool,
+    /// For bodies, of which there is no need.
+    pub budget: Arc<Budget>,
 }
 
-impl std::fmt::Debug for Control {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Control").finish_non_exhaustive()
-    }
-}
-
-type Answer = (u16, Vec<u8>);
-
-impl Control {
-    /// # Errors
-    /// The system's, or tiny_http's.
-    pub fn listen(listener: TcpListener) -> io::Result<Server> {
-        Server::from_listener(listener, None).map_err(io::Error::other)
+impl Service for Control {
+    fn body_bytes_max(&self) -> usize {
+        0
     }
 
-    pub fn new(
-        server: Server,
-        metrics_path: String,
-        metrics: Arc<Metrics>,
-        health: Arc<StoreHealth>,
-        intake: Arc<Intake>,
-        goes_direct: bool,
-    ) -> Control {
-        Control {
-            server,
-            metrics_path,
-            metrics,
-            health,
-            intake,
-            goes_direct,
+    fn permit(&self) -> Permit {
+        self.budget.permit()
+    }
+
+    fn serve(&self, received: Received<'_>) -> Answer {
+        if !matches!(received.head.method, "GET" | "HEAD") {
+            return page(405, "only GET and HEAD\n");
         }
-    }
-
-    /// One of [`THREADS`]. Returns if the server fails.
-    pub fn run(&self) {
-        loop {
-            match self.server.recv() {
-                Ok(request) => {
-                    let (status, text) = self.answer(request.method(), request.url());
-                    let mut response = Response::from_data(text).with_status_code(status);
-                    if let Ok(plain) =
-                        "Content-Type: text/plain; version=0.0.4; charset=utf-8".parse::<Header>()
-                    {
-                        response = response.with_header(plain);
-                    }
-                    // A client that does not take its answer misses it.
-                    let _ = request.respond(response);
-                }
-                Err(error) => {
-                    log::error!(error:%; "metrics and health cannot be served any more");
-                    return;
-                }
-            }
-        }
-    }
-
-    fn answer(&self, method: &Method, target: &str) -> Answer {
-        if !matches!(method, Method::Get | Method::Head) {
-            return (405, b"only GET and HEAD\n".to_vec());
-        }
-        match target.split('?').next().unwrap_or("") {
-            "/healthz" => (200, b"ok\n".to_vec()),
+        match received.head.target.split('?').next().unwrap_or("") {
+            "/healthz" => page(200, "ok\n"),
             "/readyz" => self.readiness(),
             path if path == self.metrics_path => self.metrics(),
-            _ => (404, b"not found\n".to_vec()),
+            _ => page(404, "not found\n"),
         }
     }
 
+    fn refuse(&self, answer: Answer) -> Answer {
+        answer
+    }
+
+    /// The last to be closed: asked until the end.
+    fn is_draining(&self) -> bool {
+        false
+    }
+}
+
+fn page(status: u16, text: impl Into<String>) -> Answer {
+    Answer::Page(status, text.into().into_bytes())
+}
+
+impl Control {
     fn metrics(&self) -> Answer {
         let held_bytes = self.intake.budget.held_bytes();
         self.metrics
             .held_bytes
             .set(i64::try_from(held_bytes).unwrap_or(i64::MAX));
         match self.metrics.encode() {
-            Ok(text) => (200, text),
-            Err(error) => (500, format!("{error}\n").into_bytes()),
+            Ok(text) => Answer::Page(200, text),
+            Err(error) => page(500, format!("{error}\n")),
         }
     }
 
     /// Whether requests can be taken, and what stands in the way.
     fn readiness(&self) -> Answer {
         if self.intake.is_draining() {
-            return (503, b"shutting down\n".to_vec());
+            return page(503, "shutting down\n");
         }
         let Some(fault) = self.health.fault() else {
-            return (200, b"ok\n".to_vec());
+            return page(200, "ok\n");
         };
         if self.goes_direct && self.intake.admission.has_direct_room() {
-            (
-                200,
-                format!("ok, but nothing can be stored: {fault}\n").into_bytes(),
-            )
+            page(200, format!("ok, but nothing can be stored: {fault}\n"))
         } else {
-            (503, format!("{fault}\n").into_bytes())
+            page(503, format!("{fault}\n"))
         }
     }
 }

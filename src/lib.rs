@@ -1,9 +1,44 @@
 //! asyncproxy answers an HTTP sender at once and proxies each request to its destination
 //! afterwards, at a rate the destination can bear, through a queue that survives crashes.
+//!
+//! ```text
+//! sender ─▶ intake ─▶ admission ─┬─ direct channel ─▶ proxy workers ─▶ destination
+//!                                │                        │ failed
+//!                                └─▶ store ◀──────────────┘
+//!                                      │ claim (token bucket, lease)
+//!                                      ▼
+//!                                   queue workers ─▶ destination ─▶ settle (delivered, later, dead)
+//! ```
+//!
+//! Each arrow is a bounded channel or a call; data only moves forward. One value, the recorded
+//! [`request::Request`], travels the whole way.
+//!
+//! # Modules in reading order
+//!
+//! 1. Pure, no I/O: [`request`], [`limiter`], [`settle`].
+//! 2. The outside: [`queue`] (the [`queue::Store`] contract, its two stores, and the threads
+//!    that write, claim and settle), [`upstream`] (the destination).
+//! 3. The pipeline: [`admission`], [`worker`], [`intake`], [`control`], [`drain`].
+//! 4. What all use: [`metrics`], [`logger`], [`thread`], [`budget`], [`descriptors`].
+//! 5. The whole: [`config`], [`cli`], [`app`].
+//!
+//! # Invariants
+//!
+//! - A sender is told of success only for what is in the direct channel or committed.
+//! - An accepted request is in exactly one of these places: the store, a channel, a worker's slot.
+//! - A claim is a lease, never a delete; no transaction or connection is held during a send.
+//! - Settling names row id *and* attempt, so that a late settlement changes nothing.
+//! - No SQL outside [`queue`], no HTTP parsing outside [`intake`] and [`control`], no ureq
+//!   outside [`upstream`].
+//! - Every channel is bounded, every thread is spawned by [`thread`], and one that ends
+//!   unexpectedly ends the program with an error.
+//! - Time enters pure code as an argument.
+//! - Header values and bodies reach no log.
 
 pub mod admission;
 pub mod app;
 pub mod budget;
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod descriptors;

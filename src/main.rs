@@ -1,1 +1,71 @@
-fn main() {}
+//! Arguments, logger, run, exit status; nothing else.
+
+use std::fmt::Display;
+use std::io::Write;
+use std::path::Path;
+use std::process::exit;
+
+use asyncproxy::cli::{self, Command};
+use asyncproxy::config::Config;
+use asyncproxy::{app, logger};
+
+/// Could not start or go on, or lost something.
+const FAILED: i32 = 1;
+/// Wrong arguments or settings.
+const MISUSED: i32 = 2;
+
+fn main() {
+    let status = match cli::parse(std::env::args_os().skip(1)) {
+        Err(error) => complain(error, MISUSED),
+        Ok(Command::Help) => print(cli::HELP),
+        Ok(Command::Version) => print(concat!("asyncproxy ", env!("CARGO_PKG_VERSION"), "\n")),
+        Ok(Command::CheckConfig(path)) => check_config(&path),
+        Ok(Command::Run(path)) => run(&path),
+        Ok(Command::Sink(sink)) => match cli::sink::run(&sink) {
+            Ok(()) => 0,
+            Err(error) => complain(format!("sink: {}: {error}", sink.bind), FAILED),
+        },
+    };
+    // Not a return: workers may still wait for a destination, and need not be waited for.
+    exit(status);
+}
+
+fn run(path: &Path) -> i32 {
+    let config = match Config::load(path) {
+        Ok(config) => config,
+        Err(error) => return complain(error, MISUSED),
+    };
+    logger::init(config.log.level);
+    for warning in config.warnings() {
+        log::warn!("{warning}");
+    }
+    match app::run(&config) {
+        Ok(()) => 0,
+        Err(error) => complain(error, FAILED),
+    }
+}
+
+fn check_config(path: &Path) -> i32 {
+    match Config::load(path) {
+        Ok(config) => {
+            for warning in config.warnings() {
+                complain(format!("warning: {warning}"), 0);
+            }
+            print(&config.effective())
+        }
+        Err(error) => complain(error, MISUSED),
+    }
+}
+
+fn print(text: &str) -> i32 {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Ok(()) => 0,
+        Err(_) => FAILED,
+    }
+}
+
+fn complain(error: impl Display, status: i32) -> i32 {
+    // A closed stderr changes nothing about the exit status.
+    let _ = writeln!(std::io::stderr(), "asyncproxy: {error}");
+    status
+}

@@ -64,6 +64,7 @@ pub struct Refusals {
     total: IntCounter,
     pub invalid: IntCounter,
     pub too_large: IntCounter,
+    pub timeout: IntCounter,
     pub overloaded: IntCounter,
 }
 
@@ -176,15 +177,10 @@ impl Metrics {
     /// The registry's, if two metrics had one name.
     pub fn new(paths_max: usize) -> Result<Metrics, prometheus::Error> {
         let make = Make(Registry::new());
-        let [admitted_direct, admitted_stored, admitted_refused] = make.counters_by(
+        let [admitted_direct, admitted_stored, total] = make.counters_by(
             "asyncproxy_requests_total",
             "Requests by how they were admitted.",
             ("admission", ["direct", "stored", "refused"]),
-        )?;
-        let [invalid, too_large, overloaded] = make.counters_by(
-            "asyncproxy_refused_total",
-            "Requests answered with an error, by reason.",
-            ("reason", ["invalid", "too_large", "overloaded"]),
         )?;
         let [attempts_delivered, attempts_later, attempts_buried] = make.counters_by(
             "asyncproxy_attempts_total",
@@ -206,12 +202,7 @@ impl Metrics {
             paths: make.path_labels(paths_max)?,
             admitted_direct,
             admitted_stored,
-            refused: Refusals {
-                total: admitted_refused,
-                invalid,
-                too_large,
-                overloaded,
-            },
+            refused: make.refusals(total)?,
             attempts_delivered,
             attempts_later,
             attempts_buried,
@@ -363,6 +354,21 @@ impl Make {
             requests,
             answer_seconds,
             delivery,
+        })
+    }
+
+    fn refusals(&self, total: IntCounter) -> Result<Refusals, prometheus::Error> {
+        let [invalid, too_large, timeout, overloaded] = self.counters_by(
+            "asyncproxy_refused_total",
+            "Requests answered with an error, by reason.",
+            ("reason", ["invalid", "too_large", "timeout", "overloaded"]),
+        )?;
+        Ok(Refusals {
+            total,
+            invalid,
+            too_large,
+            timeout,
+            overloaded,
         })
     }
 

@@ -1,6 +1,7 @@
 //! Threads: each named, spawned here, and missed when it ends before it should.
 
 use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -9,42 +10,64 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 /// Stack of every thread, in bytes. Untouched pages cost address space, not memory.
 const STACK_BYTES: usize = 256 * 1024;
 
-/// The program's threads. Whoever waits on [`Threads::ended`] learns of each that ends.
-#[derive(Debug)]
+type Handles = Vec<(String, JoinHandle<()>)>;
+
+/// The program's threads, for all who spawn some. Whoever waits on [`Threads::ended`] learns of
+/// each that ends and should not.
+#[derive(Debug, Clone)]
 pub struct Threads {
-    handles: Vec<(String, JoinHandle<()>)>,
+    handles: Arc<Mutex<Handles>>,
     ended: (Sender<String>, Receiver<String>),
 }
 
 impl Default for Threads {
     fn default() -> Self {
         Threads {
-            handles: Vec::new(),
+            handles: Arc::default(),
             ended: bounded(64),
         }
     }
 }
 
 impl Threads {
-    /// Starts a thread.
+    fn handles(&self) -> MutexGuard<'_, Handles> {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts a thread that runs until the end of the program.
     ///
     /// # Errors
     /// The system's, when it gives no more threads.
     pub fn spawn(
-        &mut self,
+        &self,
         name: impl Into<String>,
         body: impl FnOnce() + Send + 'static,
     ) -> io::Result<()> {
         let name = name.into();
-        let farewell = Farewell(name.clone(), self.ended.0.clone());
-        let handle = std::thread::Builder::new()
-            .name(name.clone())
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                let _farewell = farewell;
-                body();
-            })?;
-        self.handles.push((name, handle));
+        let farewell = Farewell::new(&name, self);
+        let handle = start(name.clone(), move || {
+            let _farewell = farewell;
+            body();
+        })?;
+        self.handles().push((name, handle));
+        Ok(())
+    }
+
+    /// Starts a thread that may end when it is no longer needed: only a panic is unexpected.
+    ///
+    /// # Errors
+    /// As [`Threads::spawn`].
+    pub fn spawn_spare(
+        &self,
+        name: String,
+        body: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
+        let farewell = Farewell::new(&name, self);
+        start(name, move || {
+            let mut farewell = farewell;
+            body();
+            farewell.name = None;
+        })?;
         Ok(())
     }
 
@@ -55,7 +78,7 @@ impl Threads {
 
     /// Whether all threads whose name starts with `prefix` have ended.
     pub fn all_ended(&self, prefix: &str) -> bool {
-        self.handles
+        self.handles()
             .iter()
             .filter(|(name, _)| name.starts_with(prefix))
             .all(|(_, handle)| handle.is_finished())
@@ -77,13 +100,35 @@ impl Threads {
     }
 }
 
+fn start(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(name)
+        .stack_size(STACK_BYTES)
+        .spawn(body)
+}
+
 /// Dropped when its thread ends, however it ends.
-struct Farewell(String, Sender<String>);
+struct Farewell {
+    /// `None`: this end is nobody's business.
+    name: Option<String>,
+    ended: Sender<String>,
+}
+
+impl Farewell {
+    fn new(name: &str, threads: &Threads) -> Farewell {
+        Farewell {
+            name: Some(name.to_owned()),
+            ended: threads.ended.0.clone(),
+        }
+    }
+}
 
 impl Drop for Farewell {
     fn drop(&mut self) {
-        // A full channel means that the end of others is already known, which is enough.
-        let _ = self.1.try_send(std::mem::take(&mut self.0));
+        if let Some(name) = self.name.take() {
+            // A full channel means that the end of others is already known, which is enough.
+            let _ = self.ended.try_send(name);
+        }
     }
 }
 
@@ -93,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_panic_is_announced_like_any_end() {
-        let mut threads = Threads::default();
+        let threads = Threads::default();
         threads.spawn("good", || {}).unwrap();
         assert_eq!(threads.ended().recv().unwrap(), "good");
         threads
@@ -101,5 +146,16 @@ mod tests {
             .unwrap();
         assert_eq!(threads.ended().recv().unwrap(), "bad");
         assert!(threads.wait_for("", Instant::now() + Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn the_end_of_a_spare_thread_is_announced_only_if_it_panics() {
+        let threads = Threads::default();
+        let spare = |body: fn()| threads.spawn_spare("spare".into(), body).unwrap();
+        spare(|| {});
+        threads.spawn("other", || {}).unwrap();
+        assert_eq!(threads.ended().recv().unwrap(), "other");
+        spare(|| panic!("expected by this test"));
+        assert_eq!(threads.ended().recv().unwrap(), "spare");
     }
 }

@@ -2,16 +2,18 @@
 //!
 //! The acceptors in here differ in how they read; what they do with a request is the same.
 
+pub mod builtin;
 pub mod tiny_http;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use crate::admission::{Admission, Admitted};
 use crate::budget::{Budget, Permit};
-use crate::metrics::Metrics;
-use crate::request::{Invalid, Peer, Request};
+use crate::metrics::{Busy, Metrics};
+use crate::request::{Invalid, Peer, Request, path_of};
 
 /// What every acceptor needs.
 #[derive(Debug)]
@@ -27,42 +29,66 @@ pub struct Intake {
 }
 
 /// What a sender is told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
     /// Accepted: in the channel or committed.
     Accepted(u16),
+    /// A status and a text to go with it.
+    Page(u16, Vec<u8>),
     /// 400: could never be sent on.
     Invalid(Invalid),
-    /// 400: the body broke off or was malformed.
-    BadBody,
+    /// 400: not HTTP as RFC 9112 has it, or with two possible meanings.
+    Malformed(&'static str),
+    /// 400: the request broke off.
+    CutShort,
+    /// 408: the request was not in within its time.
+    Timeout,
     /// 413.
     TooLarge,
+    /// 414.
+    LineTooLong,
+    /// 417: an expectation other than `100-continue`.
+    Expectation,
+    /// 431: too many header fields, or too long ones.
+    FieldsTooLarge,
     /// 503 with `Retry-After`: no room at the moment.
     Overloaded,
+    /// 505.
+    Version,
 }
 
 /// What a refused sender is asked to wait, in seconds.
 const RETRY_AFTER_SECONDS: &str = "1";
 
 impl Answer {
-    pub fn status(self) -> u16 {
+    pub fn status(&self) -> u16 {
         match self {
-            Answer::Accepted(status) => status,
-            Answer::Invalid(_) | Answer::BadBody => 400,
+            Answer::Accepted(status) | Answer::Page(status, _) => *status,
+            Answer::Invalid(_) | Answer::Malformed(_) | Answer::CutShort => 400,
+            Answer::Timeout => 408,
             Answer::TooLarge => 413,
+            Answer::LineTooLong => 414,
+            Answer::Expectation => 417,
+            Answer::FieldsTooLarge => 431,
             Answer::Overloaded => 503,
+            Answer::Version => 505,
         }
     }
 
+    /// Whether the request was served: the connection is in order, whatever its answer.
+    pub fn is_served(&self) -> bool {
+        matches!(self, Answer::Accepted(_) | Answer::Page(..))
+    }
+
     /// The answer as it stands on the wire, in one piece. Errors say why in a line of text.
-    pub fn to_bytes(self, connection: Option<&str>, is_head: bool, now: SystemTime) -> Vec<u8> {
+    pub fn to_bytes(&self, connection: Option<&str>, is_head: bool, now: SystemTime) -> Vec<u8> {
         use std::fmt::Write;
         let status = self.status();
         let reason = http::StatusCode::from_u16(status)
             .ok()
             .and_then(|status| status.canonical_reason())
             .unwrap_or("");
-        let body = self.explanation();
+        let body = self.text();
         let date = httpdate::fmt_http_date(now);
         let mut text = String::with_capacity(256);
         // Writing to a String cannot fail.
@@ -72,29 +98,38 @@ impl Answer {
             let _ = write!(text, "Content-Length: {}\r\n", body.len());
         }
         if !body.is_empty() {
-            text.push_str("Content-Type: text/plain; charset=utf-8\r\n");
+            text.push_str("Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n");
         }
-        if self == Answer::Overloaded {
+        if *self == Answer::Overloaded {
             let _ = write!(text, "Retry-After: {RETRY_AFTER_SECONDS}\r\n");
         }
         if let Some(connection) = connection {
             let _ = write!(text, "Connection: {connection}\r\n");
         }
         text.push_str("\r\n");
+        let mut bytes = text.into_bytes();
         if !is_head {
-            text.push_str(&body);
+            bytes.extend_from_slice(&body);
         }
-        text.into_bytes()
+        bytes
     }
 
-    fn explanation(self) -> String {
-        match self {
-            Answer::Accepted(_) => String::new(),
-            Answer::Invalid(why) => format!("{why}\n"),
-            Answer::BadBody => "body is malformed or was cut short\n".into(),
-            Answer::TooLarge => "body is larger than this server accepts\n".into(),
-            Answer::Overloaded => "no room at the moment, try again\n".into(),
-        }
+    fn text(&self) -> Cow<'_, [u8]> {
+        let why = match self {
+            Answer::Accepted(_) => return Cow::Borrowed(b""),
+            Answer::Page(_, text) => return Cow::Borrowed(text),
+            Answer::Invalid(why) => return Cow::Owned(format!("{why}\n").into_bytes()),
+            Answer::Malformed(why) => return Cow::Owned(format!("{why}\n").into_bytes()),
+            Answer::CutShort => "request is malformed or was cut short\n",
+            Answer::Timeout => "request did not come in in time\n",
+            Answer::TooLarge => "body is larger than this server accepts\n",
+            Answer::LineTooLong => "request line is longer than 16 KiB\n",
+            Answer::Expectation => "only 100-continue can be expected\n",
+            Answer::FieldsTooLarge => "more than 64 KiB or 100 lines of header fields\n",
+            Answer::Overloaded => "no room at the moment, try again\n",
+            Answer::Version => "only HTTP/1.1 and HTTP/1.0 are spoken here\n",
+        };
+        Cow::Borrowed(why.as_bytes())
     }
 }
 
@@ -128,11 +163,47 @@ impl Intake {
     pub fn refuse(&self, answer: Answer) -> Answer {
         let refused = &self.metrics.refused;
         refused.count(match answer {
-            Answer::TooLarge => &refused.too_large,
+            Answer::TooLarge | Answer::LineTooLong | Answer::FieldsTooLarge => &refused.too_large,
+            Answer::Timeout => &refused.timeout,
             Answer::Overloaded => &refused.overloaded,
-            Answer::Accepted(_) | Answer::Invalid(_) | Answer::BadBody => &refused.invalid,
+            _ => &refused.invalid,
         });
         answer
+    }
+}
+
+impl builtin::Service for Intake {
+    fn body_bytes_max(&self) -> usize {
+        self.body_bytes_max
+    }
+
+    fn permit(&self) -> Permit {
+        self.budget.permit()
+    }
+
+    fn serve(&self, received: builtin::Received<'_>) -> Answer {
+        let _busy = Busy::new(&self.metrics.busy_intake);
+        let head = received.head;
+        let path = self.metrics.path(path_of(head.target));
+        path.requests.inc();
+        let peer = Peer {
+            ip: received.peer,
+            host: head.host,
+        };
+        let fields = head.fields.iter().map(|field| (field.name, field.value));
+        let (body, permit) = (received.body, received.permit);
+        let answer = self.accept(head.method, head.target, fields, peer, body, permit);
+        path.answer_seconds
+            .observe(received.started.elapsed().as_secs_f64());
+        answer
+    }
+
+    fn refuse(&self, answer: Answer) -> Answer {
+        Intake::refuse(self, answer)
+    }
+
+    fn is_draining(&self) -> bool {
+        Intake::is_draining(self)
     }
 }
 

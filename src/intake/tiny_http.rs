@@ -128,7 +128,7 @@ impl Acceptor {
         if wants_upgrade(request) && announced.is_none() {
             // tiny_http hands over the bare connection here, whose end would never come.
             return match find(request, "Transfer-Encoding") {
-                Some(_) => Err(Answer::BadBody),
+                Some(_) => Err(Answer::CutShort),
                 None => Ok(Vec::new()),
             };
         }
@@ -149,7 +149,7 @@ impl Acceptor {
                 .by_ref()
                 .take(piece as u64)
                 .read_to_end(&mut body)
-                .map_err(|_| Answer::BadBody)?;
+                .map_err(|_| Answer::CutShort)?;
             if announced.is_none() && !permit.try_grow(read) {
                 return Err(Answer::Overloaded);
             }
@@ -158,7 +158,7 @@ impl Acceptor {
             }
         }
         match announced {
-            Some(bytes) if body.len() < bytes => Err(Answer::BadBody),
+            Some(bytes) if body.len() < bytes => Err(Answer::CutShort),
             None if body.len() > limit => Err(Answer::TooLarge),
             _ => Ok(body),
         }

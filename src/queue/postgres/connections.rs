@@ -145,7 +145,7 @@ impl Connections {
 
     /// Starts one more thread, unless there are as many as connections.
     fn add_thread(&self) -> Result<(), StoreError> {
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         // Each thread that runs holds one.
         let running = Arc::strong_count(&self.shared) - 1;
         if running >= self.shared.max as usize {

@@ -1,0 +1,183 @@
+//! The command line: what was asked for, and the text of `--help`.
+
+pub mod sink;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use lexopt::{Arg, Parser, ValueExt};
+
+use crate::config::{Bind, parse_duration};
+
+pub const HELP: &str = "\
+Answers HTTP requests at once and proxies each to its destination afterwards.
+
+Usage:
+  asyncproxy [--config PATH]                  run
+  asyncproxy [--config PATH] --check-config   print the effective settings, secrets masked
+  asyncproxy sink [--bind ADDR] [--status N] [--delay D]
+                                              a destination for trying things out: prints
+                                              what reaches it, answers N after D
+
+Options:
+  --config PATH    settings, in YAML                      [./config.yaml]
+  --bind ADDR      host:port, or :port for all addresses  [:5000]
+  --status N       status to answer with                  [200]
+  --delay D        time before the answer: 500ms, 1m30s   [0s]
+  -h, --help       this text
+  -V, --version    the version
+
+Each setting can be given as an environment variable, too: server.bind as SERVER_BIND.
+LOG_COLOR=false keeps colours out of the log.
+
+Exit status: 0 stopped, and nothing that was acknowledged is lost; 1 could not start or go on,
+or lost something; 2 wrong arguments or settings.
+";
+
+/// What the program is to do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command {
+    Run(PathBuf),
+    CheckConfig(PathBuf),
+    Sink(Sink),
+    Help,
+    Version,
+}
+
+/// Options of `asyncproxy sink`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sink {
+    pub bind: Bind,
+    pub status: u16,
+    pub delay: Duration,
+}
+
+/// Understands the arguments, without the program's name.
+///
+/// # Errors
+/// One line that says what is wrong with them.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
+    let mut parser = Parser::from_args(arguments);
+    let mut config = None;
+    let mut is_check = false;
+    while let Some(argument) = next(&mut parser)? {
+        match argument {
+            Arg::Long("config") => config = Some(PathBuf::from(value(&mut parser)?)),
+            Arg::Long("check-config") => is_check = true,
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
+            Arg::Long("version") | Arg::Short('V') => return Ok(Command::Version),
+            Arg::Value(command) if command == "sink" && config.is_none() && !is_check => {
+                return parse_sink(&mut parser);
+            }
+            other => return Err(unexpected(other)),
+        }
+    }
+    let config = config.unwrap_or_else(|| PathBuf::from("config.yaml"));
+    Ok(if is_check {
+        Command::CheckConfig(config)
+    } else {
+        Command::Run(config)
+    })
+}
+
+fn parse_sink(parser: &mut Parser) -> Result<Command, String> {
+    let mut sink = Sink {
+        bind: Bind::parse(":5000")?,
+        status: 200,
+        delay: Duration::ZERO,
+    };
+    while let Some(argument) = next(parser)? {
+        let wrong = |option: &str, why: &str| format!("{option}: must be {why}");
+        match argument {
+            Arg::Long("bind") => {
+                sink.bind =
+                    Bind::parse(&text(parser)?).map_err(|why: String| wrong("--bind", &why))?;
+            }
+            Arg::Long("status") => {
+                let status = text(parser)?.parse().ok();
+                sink.status = status
+                    .filter(|status| (200..=599).contains(status))
+                    .ok_or("--status: must be a whole number from 200 to 599")?;
+            }
+            Arg::Long("delay") => {
+                sink.delay =
+                    parse_duration(&text(parser)?).map_err(|why: String| wrong("--delay", &why))?;
+            }
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
+            other => return Err(unexpected(other)),
+        }
+    }
+    Ok(Command::Sink(sink))
+}
+
+fn next<'a>(parser: &'a mut Parser) -> Result<Option<Arg<'a>>, String> {
+    parser.next().map_err(|error| error.to_string())
+}
+
+fn value(parser: &mut Parser) -> Result<OsString, String> {
+    parser.value().map_err(|error| error.to_string())
+}
+
+fn text(parser: &mut Parser) -> Result<String, String> {
+    value(parser)?.string().map_err(|error| error.to_string())
+}
+
+fn unexpected(argument: Arg<'_>) -> String {
+    // Debug form of what is not ours to print: no control character gets through.
+    let what = match argument {
+        Arg::Short(letter) => format!("option {:?}", format!("-{letter}")),
+        Arg::Long(name) => format!("option {:?}", format!("--{name}")),
+        Arg::Value(value) => format!("argument {value:?}"),
+    };
+    format!("unexpected {what}, see --help")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_line(line: &str) -> Result<Command, String> {
+        parse(line.split_whitespace().map(OsString::from))
+    }
+
+    #[test]
+    fn understands_each_command() {
+        for (line, command) in [
+            ("", Command::Run("config.yaml".into())),
+            ("--config a.yaml", Command::Run("a.yaml".into())),
+            (
+                "--check-config --config=a",
+                Command::CheckConfig("a".into()),
+            ),
+            ("-h", Command::Help),
+            ("sink --help", Command::Help),
+            ("--version", Command::Version),
+        ] {
+            assert_eq!(parse_line(line), Ok(command), "{line}");
+        }
+        let sink = Command::Sink(Sink {
+            bind: Bind::parse("127.0.0.1:0").unwrap(),
+            status: 503,
+            delay: Duration::from_millis(1500),
+        });
+        let line = "sink --bind 127.0.0.1:0 --status 503 --delay 1.5s";
+        assert_eq!(parse_line(line), Ok(sink));
+    }
+
+    #[test]
+    fn names_what_it_does_not_understand() {
+        for (line, part) in [
+            ("--confg a", "--confg"),
+            ("run", "\"run\""),
+            ("--config", "--config"),
+            ("sink --status 99", "200 to 599"),
+            ("sink --delay soon", "--delay"),
+            ("sink --bind nowhere", "--bind"),
+            ("--config a sink", "\"sink\""),
+        ] {
+            let error = parse_line(line).unwrap_err();
+            assert!(error.contains(part), "{line}: {error}");
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! Settings as a whole: defaults, files, environment, errors.
+
+use super::*;
+
+fn load(yaml: &str) -> Result<Config, String> {
+    Config::from_yaml(yaml, &|_| None).map_err(|error| error.to_string())
+}
+
+fn error(yaml: &str) -> String {
+    load(yaml).unwrap_err()
+}
+
+const SHIPPED: &str = include_str!("../../config.yaml");
+
+const GO: &str = "
+server:
+  bind: :8080
+  response_status: 200
+  shutdown_timeout: 30s
+  enqueue_enabled: true
+  enqueue_rate: 100
+metrics:
+  bind: :8081
+  path: /metrics
+proxy:
+  remote_url: http://localhost:5000
+  request_timeout: 120s
+  num_clients: 700
+queue:
+  workers: 120
+  handle_per_second: 30
+  max_retries: 1000
+db:
+  connection_string: host=localhost port=5432 user=postgres password=postgres dbname=asyncproxy sslmode=disable binary_parameters=yes
+  max_connections: 2
+  use_index: true
+";
+
+#[test]
+fn the_go_programs_file_works_unchanged() {
+    let config = load(GO).unwrap();
+    assert_eq!(config.server.bind, Bind::All(8080));
+    assert_eq!(config.server.enqueue_rate, 100);
+    assert_eq!(config.proxy.num_clients, 700);
+    assert_eq!(config.proxy.request_timeout, Duration::from_secs(120));
+    assert_eq!(config.queue.workers, 120);
+    assert_eq!(config.queue.retry.max_retries, 1000);
+    assert!(matches!(config.db.database, Database::Postgres(_)));
+    assert_eq!(
+        config.warnings(),
+        ["db.connection_string: ignored binary_parameters"]
+    );
+}
+
+#[test]
+fn the_shipped_file_has_all_settings_in_order_at_their_defaults() {
+    let shipped = load(SHIPPED).unwrap();
+    let defaults = load("").unwrap();
+    assert_eq!(shipped.effective(), defaults.effective());
+    let mut rest = SHIPPED;
+    for setting in SETTINGS {
+        let (section, name) = setting.key.split_once('.').unwrap();
+        if let Some(at) = rest.find(&format!("\n{section}:\n")) {
+            rest = &rest[at..];
+        }
+        let line = format!("\n  {name}:");
+        let at = rest
+            .find(&line)
+            .unwrap_or_else(|| panic!("{} is missing or misplaced", setting.key));
+        rest = &rest[at + line.len()..];
+    }
+}
+
+#[test]
+fn what_is_shown_is_read_back_alike_but_for_secrets() {
+    let config =
+        load("proxy: {remote_url: 'http://h/a'}\nqueue: {give_up_statuses: [410, 404]}").unwrap();
+    let shown = config.effective();
+    assert_eq!(load(&shown).unwrap().effective(), shown);
+    let shown = load(GO).unwrap().effective();
+    assert!(
+        shown.contains(
+            "host=localhost port=5432 user=postgres dbname=asyncproxy password=<sensitive>"
+        )
+    );
+    assert!(!shown.contains("password=postgres"));
+    assert!(!format!("{:?}", load(GO).unwrap().db).contains("password: Some(\"postgres"));
+}
+
+#[test]
+fn the_environment_wins_and_is_named_in_errors() {
+    let env = |name: &str| match name {
+        "SERVER_ENQUEUE_RATE" => Some("7".to_owned()),
+        "QUEUE_GIVE_UP_STATUSES" => Some("410,404".to_owned()),
+        "LOG_LEVEL" => Some(String::new()),
+        _ => None,
+    };
+    let config = Config::from_yaml("server:\n  enqueue_rate: 5", &env).unwrap();
+    assert_eq!(config.server.enqueue_rate, 7);
+    assert_eq!(config.queue.retry.give_up_statuses, [410, 404]);
+    assert_eq!(config.log.level, log::LevelFilter::Info);
+    let bad = |name: &str| (name == "PROXY_NUM_CLIENTS").then(|| "0".to_owned());
+    let error = Config::from_yaml("", &bad).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "proxy.num_clients (from PROXY_NUM_CLIENTS): must be a whole number from 1 to 10000 (got \"0\")"
+    );
+}
+
+#[test]
+fn errors_name_the_setting_the_value_and_what_is_accepted() {
+    for (yaml, parts) in [
+        (
+            "server:\n  bind: '80'",
+            &["server.bind", "host:port", "\"80\""][..],
+        ),
+        (
+            "server: {response_status: 100}",
+            &["server.response_status", "200 to 599"],
+        ),
+        (
+            "server: {enqueue_enabled: maybe}",
+            &["server.enqueue_enabled", "true or false"],
+        ),
+        (
+            "server: {acceptor: hyper}",
+            &["server.acceptor", "builtin or tiny_http"],
+        ),
+        (
+            "server: {shutdown_timeout: soon}",
+            &["server.shutdown_timeout", "30s", "\"soon\""],
+        ),
+        (
+            "server: {max_body_size: 300MiB}",
+            &["server.memory_limit", "server.max_body_size"],
+        ),
+        (
+            "server: {bind: 'unix:/a', acceptor: tiny_http}",
+            &["server.bind", "tiny_http"],
+        ),
+        (
+            "server: {bind: ':1'}\nmetrics: {bind: ':1'}",
+            &["metrics.bind", "server.bind"],
+        ),
+        (
+            "proxy: {remote_url: 'localhost:5000'}",
+            &["proxy.remote_url", "http://localhost:5000"],
+        ),
+        (
+            "proxy: {request_timeout: 0}",
+            &["proxy.request_timeout", "above 0"],
+        ),
+        (
+            "queue: {backoff_min: 1h}",
+            &["queue.backoff_max", "queue.backoff_min", "1h"],
+        ),
+        (
+            "queue: {give_up_statuses: [200]}",
+            &["queue.give_up_statuses", "410"],
+        ),
+        (
+            "queue: {workers: [1, {}]}",
+            &["queue.workers", "a whole number"],
+        ),
+        (
+            "queue: {worker: 1}",
+            &["queue.worker", "no such setting", "queue.workers"],
+        ),
+        ("que: {workers: 1}", &["que", "no such setting", "queue"]),
+        ("server: 5", &["server", "settings"]),
+        ("- a", &["sections"]),
+        ("a: b: c", &["not YAML"]),
+        ("server:\n  bind: :1\n  bind: :2", &["not YAML", "bind"]),
+        (
+            "db: {connection_string: 'mysql://h'}",
+            &["db.connection_string", "sqlite:PATH"],
+        ),
+        ("\"a\\nb\": 1", &["no such setting"]),
+    ] {
+        let error = error(yaml);
+        for part in parts {
+            assert!(error.contains(part), "{yaml}: {error}");
+        }
+        assert!(!error.contains(|c: char| c.is_control()), "{error:?}");
+    }
+}
+
+#[test]
+fn secrets_are_in_no_error() {
+    for yaml in [
+        "proxy: {remote_url: 'http://u:secret@h'}",
+        "db: {connection_string: 'postgres://u:secret@h:x/d'}",
+        "db: {connection_string: 'password=secret port=x'}",
+    ] {
+        assert!(!error(yaml).contains("secret"), "{yaml}: {}", error(yaml));
+    }
+}
+
+#[test]
+fn an_empty_section_or_value_stands_for_the_default() {
+    let config = load("server:\nqueue:\n  workers:\n").unwrap();
+    assert_eq!(config.effective(), load("").unwrap().effective());
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let error = Config::load(Path::new("/nonexistent/a.yaml"))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("/nonexistent/a.yaml") && error.contains("--config"),
+        "{error}"
+    );
+}

@@ -1,0 +1,257 @@
+//! The forms a setting's value can have. Each parser's error completes the sentence "must be …".
+
+use std::time::Duration;
+
+use log::LevelFilter;
+
+/// Longest duration: beyond any use, and short enough that no sum of times overflows.
+const DURATION_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
+
+/// A duration as Go's `time.ParseDuration` reads it (`30s`, `1m30s`, `1.5h`); a bare number is
+/// seconds.
+///
+/// # Errors
+/// What it must be.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    const ACCEPTED: &str = "a duration such as 500ms, 30s, 1m30s or 1h, of at most 10 years";
+    let parsed = match text.parse::<u64>() {
+        Ok(seconds) => Some(Duration::from_secs(seconds)),
+        Err(_) => sum_of_parts(text),
+    };
+    parsed
+        .filter(|duration| *duration <= DURATION_MAX)
+        .ok_or_else(|| ACCEPTED.to_owned())
+}
+
+fn sum_of_parts(mut text: &str) -> Option<Duration> {
+    let mut sum = None;
+    while !text.is_empty() {
+        let number_end = text.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, rest) = text.split_at(number_end);
+        let unit_end = rest
+            .find(|c: char| c.is_ascii_digit() || c == '.')
+            .unwrap_or(rest.len());
+        let (unit, rest) = rest.split_at(unit_end);
+        let nanoseconds = match unit {
+            "ns" => 1e0,
+            "us" | "\u{b5}s" | "\u{3bc}s" => 1e3,
+            "ms" => 1e6,
+            "s" => 1e9,
+            "m" => 60e9,
+            "h" => 3600e9,
+            _ => return None,
+        };
+        let seconds = number.parse::<f64>().ok()? * nanoseconds / 1e9;
+        let part = Duration::try_from_secs_f64(seconds).ok()?;
+        sum = Some(sum.unwrap_or(Duration::ZERO).checked_add(part)?);
+        text = rest;
+    }
+    sum
+}
+
+/// As [`duration`], but not zero.
+///
+/// # Errors
+/// What it must be.
+pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
+    match duration(text) {
+        Ok(Duration::ZERO) | Err(_) => {
+            Err("a duration such as 500ms, 30s, 1m30s or 1h, above 0 and at most 10 years".into())
+        }
+        positive => positive,
+    }
+}
+
+/// A size in bytes: `512KiB`, `10MiB`, `10MB`, or a bare number of bytes.
+///
+/// # Errors
+/// What it must be.
+pub(super) fn size(text: &str) -> Result<usize, String> {
+    let number_end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(number_end);
+    let factor: usize = match unit.trim_start().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1000,
+        "mb" => 1000 * 1000,
+        "gb" => 1000 * 1000 * 1000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        _ => 0,
+    };
+    number
+        .parse::<usize>()
+        .ok()
+        .filter(|_| factor > 0)
+        .and_then(|number| number.checked_mul(factor))
+        // So that sums of sizes never overflow.
+        .filter(|size| *size <= usize::MAX / 4)
+        .ok_or_else(|| "a size such as 512KiB, 10MiB or 1GiB".to_owned())
+}
+
+/// A boolean as Go's `strconv.ParseBool` reads it.
+///
+/// # Errors
+/// What it must be.
+pub(super) fn boolean(text: &str) -> Result<bool, String> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err("true or false".into()),
+    }
+}
+
+/// A whole number from `min` to `max`.
+///
+/// # Errors
+/// What it must be.
+pub(super) fn integer<T>(text: &str, min: T, max: T) -> Result<T, String>
+where
+    T: std::str::FromStr + PartialOrd + std::fmt::Display,
+{
+    text.parse()
+        .ok()
+        .filter(|number| (&min..=&max).contains(&number))
+        .ok_or_else(|| format!("a whole number from {min} to {max}"))
+}
+
+/// Statuses, separated by commas.
+///
+/// # Errors
+/// What they must be.
+pub(super) fn failed_statuses(text: &str) -> Result<Vec<u16>, String> {
+    let accepted =
+        "a list of statuses such as 410, 404: from 100 to 599, without those of a delivery (2xx)";
+    text.split(',')
+        .map(str::trim)
+        .filter(|status| !status.is_empty())
+        .map(|status| {
+            integer(status, 100, 599)
+                .ok()
+                .filter(|status| !(200..300).contains(status))
+                .ok_or_else(|| accepted.to_owned())
+        })
+        .collect()
+}
+
+/// A log level.
+///
+/// # Errors
+/// What it must be.
+pub(super) fn level(text: &str) -> Result<LevelFilter, String> {
+    text.parse()
+        .ok()
+        .filter(|level| *level != LevelFilter::Off)
+        .ok_or_else(|| "error, warn, info, debug or trace".into())
+}
+
+/// The path of a URL, for the control port.
+///
+/// # Errors
+/// What it must be.
+pub(super) fn metrics_path(text: &str) -> Result<String, String> {
+    let is_plain = text.bytes().all(|byte| byte.is_ascii_graphic());
+    if text.starts_with('/')
+        && is_plain
+        && !text.contains(['?', '#'])
+        && !matches!(text, "/healthz" | "/readyz")
+    {
+        Ok(text.to_owned())
+    } else {
+        Err("a path such as /metrics, other than /healthz and /readyz".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read_as_go_does() {
+        for (text, milliseconds) in [
+            ("0", 0),
+            ("30", 30_000),
+            ("30s", 30_000),
+            ("1m30s", 90_000),
+            ("1.5h", 5_400_000),
+            ("500ms", 500),
+            (".5s", 500),
+            ("1s500ms", 1500),
+            ("2000us", 2),
+            ("2000\u{b5}s", 2),
+        ] {
+            assert_eq!(
+                duration(text),
+                Ok(Duration::from_millis(milliseconds)),
+                "{text}"
+            );
+        }
+        for text in [
+            "",
+            "s",
+            "-1s",
+            "1 s",
+            "1x",
+            "1s1",
+            "1..5s",
+            "1e3s",
+            "100000h",
+            "99999999999999999999",
+            "\u{663}s",
+            "s1",
+            "NaNs",
+        ] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+        assert!(positive_duration("0s").is_err());
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512", 512),
+            ("1B", 1),
+            ("10MiB", 10 << 20),
+            ("10mib", 10 << 20),
+            ("10 MB", 10_000_000),
+            ("1GiB", 1 << 30),
+        ] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in [
+            "",
+            "MiB",
+            "-1",
+            "1.5MiB",
+            "1TiB",
+            "99999999999999999999",
+            "18446744073709551615GiB",
+        ] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn other_forms() {
+        assert_eq!(boolean("T"), Ok(true));
+        assert!(boolean("yes").is_err());
+        assert_eq!(integer("7", 1, 10), Ok(7));
+        for text in ["0", "11", "-1", "1.0", "", "x"] {
+            assert!(integer(text, 1, 10).is_err(), "{text}");
+        }
+        assert_eq!(failed_statuses("410, 404"), Ok(vec![410, 404]));
+        assert_eq!(failed_statuses(""), Ok(vec![]));
+        for text in ["200", "99", "600", "x", "410;404"] {
+            assert!(failed_statuses(text).is_err(), "{text}");
+        }
+        assert_eq!(level("WARN"), Ok(LevelFilter::Warn));
+        assert!(level("off").is_err());
+        assert!(metrics_path("/m").is_ok());
+        for text in ["", "metrics", "/a b", "/a?b", "/healthz", "/\n"] {
+            assert!(metrics_path(text).is_err(), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! One connection: requests in, answers out, one after the other, each within its time.
+
+use std::io::{self, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::{IpAddr, Shutdown};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use socket2::Socket;
+
+use super::body::{Fault, Input, Source};
+use super::head::{FIELDS_MAX, Framing, Head};
+use super::seat::Seat;
+use super::{Received, Service, Times};
+use crate::intake::Answer;
+
+/// After a refusal, so long and so many bytes more of the request are taken in and thrown away:
+/// closing at once would reset the connection, and the answer with it.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Serves a connection to its end.
+pub(super) fn serve(
+    service: &impl Service,
+    times: &Times,
+    socket: &Arc<Socket>,
+    peer: Option<IpAddr>,
+    seat: &Seat,
+) {
+    let mut connection = Connection {
+        service,
+        peer,
+        wire: Wire {
+            socket,
+            times,
+            seat,
+            deadline: None,
+            is_hurried: false,
+        },
+        input: Input::default(),
+        head: Vec::new(),
+    };
+    loop {
+        let (answer, is_head, keep_alive) = match connection.next() {
+            Ok(served) => served,
+            Err(Fault::Gone) => return,
+            Err(Fault::Refused(answer)) => (service.refuse(answer), false, false),
+        };
+        let is_served = answer.is_served();
+        let keep_alive = keep_alive && is_served && !service.is_draining();
+        let bytes = answer.to_bytes(
+            if keep_alive { None } else { Some("close") },
+            is_head,
+            SystemTime::now(),
+        );
+        if connection.wire.write(&bytes).is_err() {
+            return;
+        }
+        if !keep_alive {
+            if !is_served {
+                connection.wire.linger();
+            }
+            return;
+        }
+    }
+}
+
+struct Connection<'a, S> {
+    service: &'a S,
+    peer: Option<IpAddr>,
+    wire: Wire<'a>,
+    input: Input,
+    head: Vec<u8>,
+}
+
+impl<S: Service> Connection<'_, S> {
+    /// Reads the next request and has it answered: the answer, whether it was to `HEAD`, and
+    /// whether the connection may be kept.
+    fn next(&mut self) -> Result<(Answer, bool, bool), Fault> {
+        self.wire.deadline = None;
+        self.wire.seat.idle();
+        self.input.read_head(&mut self.wire, &mut self.head)?;
+        self.wire.seat.reading();
+        let started = Instant::now();
+        let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
+        let head = Head::parse(&self.head, &mut fields)?;
+        let bytes_max = self.service.body_bytes_max();
+        if let Framing::Length(length) = head.framing
+            && length > bytes_max as u64
+        {
+            return Err(Answer::TooLarge.into());
+        }
+        if head.expects_continue && !self.input.holds(head.framing) {
+            self.wire.send_continue().map_err(|_| Fault::Gone)?;
+        }
+        let mut permit = self.service.permit();
+        let body = self
+            .input
+            .read_body(&mut self.wire, head.framing, bytes_max, &mut permit)?;
+        self.wire.seat.answering();
+        let answer = self.service.serve(Received {
+            head: &head,
+            peer: self.peer,
+            body,
+            permit,
+            started,
+        });
+        Ok((answer, head.method == "HEAD", head.keep_alive))
+    }
+}
+
+/// The socket, and until when it may be read from.
+struct Wire<'a> {
+    socket: &'a Arc<Socket>,
+    times: &'a Times,
+    seat: &'a Seat,
+    /// Of the request under way; `None` between requests.
+    deadline: Option<Instant>,
+    /// Whether the socket's timeout is another than that of an idle connection.
+    is_hurried: bool,
+}
+
+impl Wire<'_> {
+    /// Writes all, within the send timeout that the socket has.
+    fn write(&self, bytes: &[u8]) -> io::Result<()> {
+        (&**self.socket).write_all(bytes)
+    }
+
+    fn linger(&mut self) {
+        if self.socket.shutdown(Shutdown::Write).is_err() {
+            return;
+        }
+        self.deadline = Some(Instant::now() + LINGER);
+        let mut sink = [0; 4096];
+        let mut left = LINGER_BYTES_MAX;
+        while let Ok(bytes @ 1..) = self.read_more(&mut sink) {
+            left = left.saturating_sub(bytes);
+            if left == 0 {
+                return;
+            }
+        }
+    }
+}
+
+impl Source for Wire<'_> {
+    fn read_first(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if std::mem::take(&mut self.is_hurried) {
+            self.socket.set_read_timeout(Some(self.times.idle))?;
+        }
+        let bytes = read(self.socket, buffer)?;
+        self.deadline = Some(Instant::now() + self.times.request);
+        self.seat.reading();
+        Ok(bytes)
+    }
+
+    fn read_more(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let now = Instant::now();
+        let deadline = *self.deadline.get_or_insert(now + self.times.request);
+        let left = deadline.saturating_duration_since(now);
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.is_hurried = true;
+        self.socket.set_read_timeout(Some(left))?;
+        read(self.socket, buffer)
+    }
+
+    fn send_continue(&mut self) -> io::Result<()> {
+        self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    }
+}
+
+fn read(mut socket: &Socket, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match socket.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! What the connection a thread serves is at, for those who must choose one to end.
+
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use socket2::Socket;
+
+/// One thread's connection.
+#[derive(Debug)]
+pub(super) struct Seat {
+    socket: Mutex<Option<Arc<Socket>>>,
+    /// Milliseconds from `epoch` to the beginning of the state, and the state.
+    state: AtomicU64,
+    epoch: Instant,
+}
+
+/// What a connection is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(super) enum State {
+    /// Waits for a request to begin.
+    Idle,
+    /// A request has begun to come in.
+    Reading,
+    /// A request is being answered, or there is no connection.
+    Busy,
+}
+
+const STATES: u64 = 4;
+
+impl Seat {
+    /// `epoch` is one for all seats.
+    pub(super) fn new(epoch: Instant) -> Seat {
+        let seat = Seat {
+            socket: Mutex::default(),
+            state: AtomicU64::default(),
+            epoch,
+        };
+        seat.enter(State::Busy);
+        seat
+    }
+
+    pub(super) fn take(&self, socket: &Arc<Socket>) {
+        *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(socket));
+    }
+
+    pub(super) fn leave(&self) {
+        self.enter(State::Busy);
+        *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    pub(super) fn idle(&self) {
+        self.enter(State::Idle);
+    }
+
+    pub(super) fn reading(&self) {
+        self.enter(State::Reading);
+    }
+
+    pub(super) fn answering(&self) {
+        self.enter(State::Busy);
+    }
+
+    fn enter(&self, state: State) {
+        let ms = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX / STATES);
+        self.state
+            .store(ms * STATES + state as u64, Ordering::Relaxed);
+    }
+
+    /// The state, and since when (milliseconds).
+    pub(super) fn state(&self) -> (State, u64) {
+        let value = self.state.load(Ordering::Relaxed);
+        let state = match value % STATES {
+            0 => State::Idle,
+            1 => State::Reading,
+            _ => State::Busy,
+        };
+        (state, value / STATES)
+    }
+
+    /// Lets the connection receive no more, if it is still at what it was at: what has arrived
+    /// already is answered.
+    pub(super) fn stop_reading(&self, seen: (State, u64)) {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        // A thread that has gone on to another connection since had to come through this lock.
+        if let Some(socket) = &*socket
+            && self.state() == seen
+        {
+            // Fails only if the sender was faster.
+            let _ = socket.shutdown(Shutdown::Read);
+        }
+    }
+}
