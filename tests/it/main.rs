@@ -1,4 +1,4 @@
-//! Tests against real stores.
+//! Tests against real stores, and of the program from outside: its binary, over sockets.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
@@ -13,6 +13,17 @@
 
 mod support;
 
+mod adopt;
+mod cli;
 mod contract;
+mod delivery;
+mod docs;
+mod fidelity;
 mod framing;
+mod log;
+mod metrics;
+mod outage;
 mod postgres_store;
+mod retry;
+mod selftest;
+mod shutdown;

@@ -1,5 +1,15 @@
-//! What the tests are run with.
+//! What the tests are run with. None of it knows the program's code.
 
+pub mod dedicated;
+pub mod destination;
+pub mod disk;
+pub mod http;
+pub mod metrics;
 pub mod pgbouncer;
 pub mod postgres;
+pub mod process;
+pub mod proxy;
 pub mod relay;
+pub mod route;
+pub mod seen;
+pub mod store;

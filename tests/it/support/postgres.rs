@@ -175,7 +175,7 @@ fn as_server_account(command: &mut Command) {
     }
 }
 
-fn server_command(program: &str) -> Command {
+pub(super) fn server_command(program: &str) -> Command {
     let mut command = Command::new(server_program(program));
     as_server_account(&mut command);
     command

@@ -1,0 +1,354 @@
+//! The command line: what is printed where, and the exit status.
+
+use std::net::TcpListener;
+use std::process::Output;
+
+use crate::support::destination::Destination;
+use crate::support::http;
+use crate::support::process::Process;
+use crate::support::proxy::{PATIENCE, Setup, binary};
+
+/// Runs to the end with these arguments.
+fn run(setup: &Setup, arguments: &[&str]) -> (i32, String, String) {
+    let output = setup.command().args(arguments).output();
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = output.expect("run");
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    (
+        status.code().expect("exit status"),
+        text(stdout),
+        text(stderr),
+    )
+}
+
+/// The one line of an error, without the program's name.
+fn error_line(stderr: &str) -> &str {
+    let line = stderr.strip_prefix("asyncproxy: ");
+    let line = line.unwrap_or_else(|| panic!("not an error line: {stderr:?}"));
+    let line = line.strip_suffix('\n').expect("a whole line");
+    assert!(!line.contains('\n'), "more than one line: {stderr}");
+    line
+}
+
+fn to_nowhere() -> Setup {
+    Setup::new("http://127.0.0.1:1")
+}
+
+#[test]
+fn version_and_help() {
+    let setup = Setup::empty();
+    let version = format!("asyncproxy {}\n", env!("CARGO_PKG_VERSION"));
+    for flag in ["--version", "-V"] {
+        assert_eq!(run(&setup, &[flag]), (0, version.clone(), String::new()));
+    }
+    for arguments in [&["--help"][..], &["-h"], &["sink", "--help"]] {
+        let (status, stdout, stderr) = run(&setup, arguments);
+        assert_eq!((status, &*stderr), (0, ""));
+        for word in [
+            "--config",
+            "--check-config",
+            "--version",
+            "--help",
+            "sink",
+            "--bind",
+            "--status",
+            "--delay",
+        ] {
+            assert!(stdout.contains(word), "{word}: {stdout}");
+        }
+    }
+}
+
+#[test]
+fn wrong_arguments_are_named() {
+    let setup = to_nowhere();
+    for (arguments, named) in [
+        (&["--confg", "a"][..], "--confg"),
+        (&["-x"], "-x"),
+        (&["serve"], "serve"),
+        (&["--config"], "--config"),
+        (&["sink", "--status", "99"], "--status"),
+        (&["sink", "--status", "many"], "--status"),
+        (&["sink", "--delay", "soon"], "--delay"),
+        (&["sink", "--bind", "nowhere"], "--bind"),
+        (&["sink", "--config", "a"], "--config"),
+        (&["--check-config=yes"], "--check-config"),
+        (&["\u{1b}[2J"], "[2J"),
+    ] {
+        let (status, stdout, stderr) = run(&setup, arguments);
+        assert_eq!((status, &*stdout), (2, ""), "{arguments:?}: {stderr}");
+        let line = error_line(&stderr);
+        assert!(line.contains(named), "{arguments:?}: {line}");
+        assert!(!line.contains(char::is_control), "{arguments:?}: {line:?}");
+    }
+}
+
+#[test]
+fn check_config_shows_the_effective_settings() {
+    let setup = to_nowhere()
+        .set("server.response_status", 202)
+        .env("SERVER_RESPONSE_STATUS", 204)
+        .env("QUEUE_BACKOFF_MAX", "1m30s");
+    let (status, stdout, stderr) = run(&setup, &["--check-config"]);
+    assert_eq!((status, &*stderr), (0, ""));
+    for part in [
+        "server:",
+        "response_status: 204",
+        "backoff_max: 1m30s",
+        "remote_url: http://127.0.0.1:1",
+        "num_clients: 8",
+        "sqlite:queue.sqlite",
+    ] {
+        assert!(stdout.contains(part), "{part}: {stdout}");
+    }
+    assert!(!setup.path("queue.sqlite").exists(), "nothing is opened");
+}
+
+#[test]
+fn what_check_config_shows_is_a_configuration() {
+    let setup = to_nowhere().set("queue.give_up_statuses", "[410, 422]");
+    let (_, shown, _) = run(&setup, &["--check-config"]);
+    std::fs::write(setup.path("shown.yaml"), &shown).expect("write");
+    let (status, again, stderr) = run(&setup, &["--config", "shown.yaml", "--check-config"]);
+    assert_eq!((status, &*stderr), (0, ""));
+    assert_eq!(again, shown);
+}
+
+#[test]
+fn passwords_are_never_shown() {
+    for connection in [
+        "postgres://user:hunter2@db.example:5432/queue?sslmode=disable",
+        "postgresql://user:hunter2@db.example/queue",
+        "postgres://db.example/queue?user=user&password=hunter2",
+        "host=db.example user=user password=hunter2 dbname=queue",
+        "host=db.example user=user password='hunter2' dbname=queue",
+        "host=db.example password = hunter2 user=user dbname=queue",
+    ] {
+        let setup = to_nowhere().set("db.connection_string", format!("{connection:?}"));
+        let (status, stdout, stderr) = run(&setup, &["--check-config"]);
+        assert_eq!(status, 0, "{connection}: {stderr}");
+        assert!(stdout.contains("db.example"), "{connection}: {stdout}");
+        let shown = stdout + &stderr;
+        assert!(!shown.contains("hunter2"), "{connection}: {shown}");
+    }
+    // Nor when it is wrong.
+    for connection in [
+        "postgres://user:hunter2@db.example:port/queue",
+        "host=db.example password=hunter2 port=many",
+        "hunter2:hunter2",
+    ] {
+        let setup = to_nowhere().set("db.connection_string", format!("{connection:?}"));
+        let (status, _, stderr) = run(&setup, &["--check-config"]);
+        assert_eq!(status, 2, "{connection}");
+        assert!(error_line(&stderr).contains("db.connection_string"));
+        assert!(!stderr.contains("hunter2"), "{connection}: {stderr}");
+    }
+}
+
+#[test]
+fn unknown_libpq_keywords_are_accepted_with_a_warning() {
+    let connection = "host=db.example dbname=queue binary_parameters=yes sslmode=disable";
+    let setup = to_nowhere().set("db.connection_string", connection);
+    let (status, _, stderr) = run(&setup, &["--check-config"]);
+    assert_eq!(status, 0, "{stderr}");
+    assert!(
+        error_line(&stderr).contains("binary_parameters"),
+        "{stderr}"
+    );
+}
+
+/// Settings that stop the start: key, value as it stands in the file.
+const BAD: [(&str, &str); 36] = [
+    ("server.bind", "8080"),
+    ("server.bind", "localhost"),
+    ("server.bind", "127.0.0.1:70000"),
+    ("server.response_status", "99"),
+    ("server.response_status", "600"),
+    ("server.response_status", "ok"),
+    ("server.shutdown_timeout", "30"),
+    ("server.shutdown_timeout", "-1s"),
+    ("server.shutdown_timeout", "soon"),
+    ("server.enqueue_enabled", "maybe"),
+    ("server.enqueue_rate", "-1"),
+    ("server.enqueue_rate", "4294967296"),
+    ("server.acceptor", "apache"),
+    ("server.max_body_size", "10MB or so"),
+    ("server.memory_limit", "0"),
+    ("metrics.path", "metrics"),
+    ("metrics.max_paths", "-3"),
+    ("proxy.remote_url", "localhost:5000"),
+    ("proxy.remote_url", "ftp://localhost"),
+    ("proxy.remote_url", "http://"),
+    ("proxy.remote_url", "http://localhost/?query"),
+    ("proxy.request_timeout", "0s"),
+    ("proxy.request_timeout", "1 fortnight"),
+    ("proxy.num_clients", "0"),
+    ("proxy.num_clients", "-1"),
+    ("proxy.num_clients", "1.5"),
+    ("queue.workers", "0"),
+    ("queue.handle_per_second", "0"),
+    ("queue.max_retries", "-1"),
+    ("queue.backoff_min", "0s"),
+    ("queue.give_up_statuses", "[99]"),
+    ("queue.give_up_statuses", "gone"),
+    ("db.connection_string", "mysql://localhost/db"),
+    ("db.max_connections", "0"),
+    ("db.use_index", "sometimes"),
+    ("log.level", "loud"),
+];
+
+#[test]
+fn a_bad_setting_is_one_clear_line() {
+    for (key, value) in BAD {
+        let setup = to_nowhere().set(key, value);
+        for arguments in [&["--check-config"][..], &[]] {
+            let (status, stdout, stderr) = run(&setup, arguments);
+            assert_eq!((status, &*stdout), (2, ""), "{key}: {value}: {stderr}");
+            assert_names(error_line(&stderr), key, value);
+        }
+        // The same from the environment, which has its own name.
+        let name = key.replace('.', "_").to_uppercase();
+        let bare = value.trim_matches(['[', ']']);
+        let setup = to_nowhere().env(&name, bare);
+        let (status, _, stderr) = run(&setup, &["--check-config"]);
+        assert_eq!(status, 2, "{name}={bare}: {stderr}");
+        let line = error_line(&stderr);
+        assert!(
+            line.contains(&name) || line.contains(key),
+            "{name}={bare}: {line}"
+        );
+    }
+}
+
+/// Key, what was got, and something about what is accepted.
+fn assert_names(line: &str, key: &str, value: &str) {
+    assert!(line.starts_with(key), "{key}: {line}");
+    let got = value.trim_matches(['[', ']']);
+    assert!(line.contains(got), "{key}: {value}: {line}");
+    let rest = line.replace(key, "").replace(got, "");
+    let words = rest.split_whitespace().count();
+    assert!(words >= 3, "{key} {value}: what is accepted? {line}");
+}
+
+#[test]
+fn combinations_and_unknown_keys_are_refused() {
+    for (key, value, named) in [
+        ("server.bnd", ":80", "server.bnd"),
+        ("serve.bind", ":80", "serve"),
+        ("queue.backoff_max", "1ms", "queue.backoff_max"),
+    ] {
+        let setup = to_nowhere().set(key, value);
+        let (status, _, stderr) = run(&setup, &["--check-config"]);
+        assert_eq!(status, 2, "{key}: {stderr}");
+        assert!(error_line(&stderr).contains(named), "{key}: {stderr}");
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named() {
+    let setup = Setup::empty();
+    let (status, _, stderr) = run(&setup, &["--config", "nowhere.yaml"]);
+    assert_eq!(status, 2);
+    assert!(error_line(&stderr).contains("nowhere.yaml"), "{stderr}");
+    for text in [
+        "server: [",
+        "server:\n  bind: {a: b}\n",
+        "- 1\n",
+        "server: 1\n",
+    ] {
+        std::fs::write(setup.path("bad.yaml"), text).expect("write");
+        let (status, _, stderr) = run(&setup, &["--config", "bad.yaml"]);
+        assert_eq!(status, 2, "{text:?}: {stderr}");
+        error_line(&stderr);
+    }
+    std::fs::write(setup.path("bad.yaml"), b"server:\n  bind: \xff\n").expect("write");
+    let (status, _, stderr) = run(&setup, &["--config", "bad.yaml"]);
+    assert_eq!(status, 2);
+    error_line(&stderr);
+}
+
+#[test]
+fn the_environment_overrides_the_file() {
+    let destination = Destination::start();
+    let setup = to_nowhere()
+        .env("PROXY_REMOTE_URL", destination.url())
+        .env("SERVER_RESPONSE_STATUS", 201);
+    let proxy = setup.start();
+    assert_eq!(proxy.send(&http::numbered(0)).status, 201);
+    destination.wait_for(1, PATIENCE);
+    proxy.stop();
+}
+
+#[test]
+fn the_shipped_configuration_is_good() {
+    let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/config.yaml");
+    let (status, stdout, stderr) = run(&Setup::empty(), &["--config", shipped, "--check-config"]);
+    assert_eq!((status, &*stderr), (0, ""));
+    assert!(stdout.contains("num_clients: 700"), "{stdout}");
+    assert!(stdout.contains("sqlite:"), "{stdout}");
+}
+
+#[test]
+fn a_port_in_use_is_one_clear_line() {
+    let taken = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = taken.local_addr().expect("address");
+    for key in ["server.bind", "metrics.bind"] {
+        let setup = to_nowhere().set(key, address);
+        let (status, stdout, stderr) = run(&setup, &[]);
+        assert_eq!((status, &*stdout), (1, ""));
+        let line = error_line(&stderr);
+        assert!(line.starts_with(key), "{line}");
+        assert!(line.contains(&address.to_string()), "{line}");
+        assert!(line.contains("in use"), "{line}");
+    }
+    let at = address.to_string();
+    let (status, _, stderr) = run(&Setup::empty(), &["sink", "--bind", &at]);
+    assert_eq!(status, 1);
+    assert!(error_line(&stderr).contains("in use"), "{stderr}");
+}
+
+#[test]
+fn sink_prints_what_reaches_it() {
+    let directory = tempfile::TempDir::new().expect("directory");
+    let mut command = binary(directory.path());
+    command.args([
+        "sink",
+        "--bind",
+        "127.0.0.1:0",
+        "--status",
+        "503",
+        "--delay",
+        "10ms",
+    ]);
+    let sink = Process::spawn(&mut command);
+    let line = sink.wait_for_line("listening on ", PATIENCE);
+    let (_, address) = line.split_once("listening on ").expect("address");
+    let request = http::request(
+        "PUT",
+        "/a?b=%20",
+        &["X-Tab: a\tb", "X-Escape: \x1b[2J"],
+        b"{\"body\"}\x1b[31m\r\xff\0",
+    );
+    let answer = http::exchange(address.parse().expect("address"), &request);
+    assert_eq!(answer.status, 503);
+    for part in ["PUT /a?b=%20", "X-Escape: ", "{\"body\"}", "\\xff"] {
+        sink.wait_for_line(part, PATIENCE);
+    }
+    assert!(!sink.text().contains(['\x1b', '\0']), "{:?}", sink.text());
+}
+
+#[test]
+fn sink_is_a_destination() {
+    let directory = tempfile::TempDir::new().expect("directory");
+    let sink = Process::spawn(binary(directory.path()).args(["sink", "--bind", "127.0.0.1:0"]));
+    let line = sink.wait_for_line("listening on ", PATIENCE);
+    let (_, address) = line.split_once("listening on ").expect("address");
+    let proxy = Setup::new(&format!("http://{address}")).start();
+    proxy.accept(0..3);
+    for number in 0..3 {
+        sink.wait_for_line(&format!("body {number}"), PATIENCE);
+    }
+}

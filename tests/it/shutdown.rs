@@ -1,0 +1,179 @@
+//! Told to stop: what is finished, what is stored, and what senders meet meanwhile.
+
+use std::net::TcpStream;
+use std::time::Duration;
+
+use crate::support::dedicated::DedicatedCluster;
+use crate::support::destination::{Answer, Destination};
+use crate::support::http::{self, Connection};
+use crate::support::proxy::{PATIENCE, Proxy, Setup, wait_until};
+use crate::support::route::{Route, on_routes};
+use crate::support::{metrics, store};
+
+/// Longer than any test: a row that arrives sooner was given back, not left to its lease.
+const LONG: &str = "10m";
+
+/// Starts the program again; all numbers below `n` must arrive, and nothing must be left.
+fn assert_all_arrive_after_restart(setup: &Setup, destination: &mut Destination, n: usize) {
+    assert_eq!(store::leased(setup), 0, "leases are given back");
+    destination.refuse();
+    destination.answer(|_| Answer::ok());
+    destination.open();
+    let before = destination.seen().len();
+    let proxy = setup.start();
+    destination.wait_until(PATIENCE, &format!("numbers 0..{n} again"), |seen| {
+        let arrived = |number: usize| seen[before..].iter().any(|seen| seen.number() == number);
+        (0..n).all(arrived)
+    });
+    metrics::wait_for(&proxy, "an empty queue", |metrics| {
+        metrics.get("asyncproxy_store_up") == 1.0 && metrics.get("queue_total_size") == 0.0
+    });
+    proxy.stop();
+    assert_eq!(store::rows(setup), 0);
+    assert_eq!(destination.seen().len(), before + n);
+}
+
+fn wait_until_refused(proxy: &Proxy) {
+    wait_until("refused connections", || {
+        TcpStream::connect(proxy.intake).is_err()
+    });
+}
+
+#[test]
+fn an_idle_program_ends_at_once_on_either_signal() {
+    let setup = Setup::new("http://127.0.0.1:1").set("server.shutdown_timeout", LONG);
+    let mut proxy = setup.start();
+    proxy.sigint();
+    assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.log());
+    let mut proxy = setup.start();
+    // An idle sender holds nothing up.
+    let _idle = Connection::open(proxy.intake);
+    proxy.sigterm();
+    assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.log());
+    proxy.wait_for_log("msg=\"stopping\"");
+    proxy.wait_for_log("msg=\"stopped\"");
+}
+
+fn what_is_in_flight_is_finished(route: Route) {
+    let destination = Destination::answering(|_| Answer::ok().delay(Duration::from_millis(700)));
+    let setup = route.to(&destination).set("server.shutdown_timeout", LONG);
+    let proxy = setup.start();
+    proxy.accept(0..8);
+    destination.wait_for(8, PATIENCE);
+    proxy.stop();
+    assert_eq!(store::rows(&setup), 0);
+    let seen = destination.seen();
+    assert_eq!(seen.len(), 8);
+    assert!(seen.iter().all(|seen| seen.attempt() == 1));
+}
+on_routes!(what_is_in_flight_is_finished);
+
+fn what_outlives_the_deadline_is_stored(route: Route) {
+    let mut destination = Destination::answering(|_| Answer::hang());
+    let setup = route
+        .to(&destination)
+        .set("proxy.num_clients", 8)
+        .set("proxy.request_timeout", LONG)
+        .set("server.shutdown_timeout", "200ms");
+    let mut proxy = setup.start();
+    // Eight with the workers, the rest behind them.
+    proxy.accept(0..8);
+    destination.wait_for(8, PATIENCE);
+    proxy.accept(8..14);
+    proxy.sigterm();
+    assert_eq!(proxy.wait().code(), Some(0));
+    assert_eq!(store::rows(&setup), 14);
+    let begun = destination.seen().len();
+    assert_eq!(begun, 8);
+    assert_all_arrive_after_restart(&setup, &mut destination, 14);
+    for seen in &destination.seen()[begun..] {
+        let first = destination.seen()[..begun]
+            .iter()
+            .find(|first| first.number() == seen.number())
+            .map(|first| first.id().to_owned());
+        // An attempt that was begun counts; the destination may have done its work.
+        let attempt = if first.is_some() { 2 } else { 1 };
+        assert_eq!(seen.attempt(), attempt, "request {}", seen.number());
+        assert!(first.is_none_or(|id| id == seen.id()));
+    }
+}
+on_routes!(what_outlives_the_deadline_is_stored);
+
+fn a_second_signal_ends_the_wait_but_stores(route: Route) {
+    let mut destination = Destination::answering(|_| Answer::hang());
+    let setup = route
+        .to(&destination)
+        .set("proxy.request_timeout", LONG)
+        .set("server.shutdown_timeout", LONG);
+    let mut proxy = setup.start();
+    proxy.accept(0..8);
+    destination.wait_for(8, PATIENCE);
+    proxy.sigterm();
+    wait_until_refused(&proxy);
+    proxy.sigterm();
+    assert_eq!(proxy.wait().code(), Some(0));
+    assert_eq!(store::rows(&setup), 8);
+    assert_all_arrive_after_restart(&setup, &mut destination, 8);
+}
+on_routes!(a_second_signal_ends_the_wait_but_stores: direct Direct, sqlite Sqlite, postgres Postgres);
+
+fn senders_are_told_to_close(route: Route) {
+    let mut destination = Destination::answering(|_| Answer::hang());
+    let setup = route
+        .to(&destination)
+        .set("proxy.request_timeout", LONG)
+        .set("server.shutdown_timeout", LONG);
+    let mut proxy = setup.start();
+    let mut kept_open = Connection::open(proxy.intake);
+    let answer = kept_open.exchange(&http::numbered(0));
+    assert_eq!(answer.status, 200);
+    assert_ne!(answer.field("connection"), Some("close"));
+    destination.wait_for(1, PATIENCE);
+    proxy.sigterm();
+    wait_until_refused(&proxy);
+    let ready = http::get(proxy.control, "/readyz");
+    assert_eq!(ready.status, 503);
+    assert!(ready.text().contains("shutting down"), "{}", ready.text());
+    assert_eq!(http::get(proxy.control, "/healthz").status, 200);
+    // Still answered, still accepted, and then the connection is over.
+    let answer = kept_open.exchange(&http::numbered(1));
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.field("connection"), Some("close"));
+    proxy.sigterm();
+    assert_eq!(proxy.wait().code(), Some(0));
+    assert_all_arrive_after_restart(&setup, &mut destination, 2);
+}
+on_routes!(senders_are_told_to_close: direct Direct, sqlite Sqlite);
+
+#[test]
+fn a_loss_is_not_passed_over_in_silence() {
+    let destination = Destination::answering(|_| Answer::hang());
+    let cluster = DedicatedCluster::create();
+    let setup = Setup::new(&destination.url())
+        .set("db.connection_string", cluster.url())
+        .set("server.shutdown_timeout", "100ms");
+    let mut proxy = setup.start();
+    proxy.accept(0..1);
+    let id = destination.wait_for(1, PATIENCE)[0].id().to_owned();
+    proxy.sigterm();
+    assert_eq!(proxy.wait().code(), Some(1));
+    proxy.wait_for_log(&format!("id={id}"));
+    proxy.wait_for_log("asyncproxy: 1 acknowledged request");
+}
+
+#[test]
+fn a_database_that_comes_back_in_time_saves_the_rest() {
+    let mut destination = Destination::answering(|_| Answer::hang());
+    let mut cluster = DedicatedCluster::create();
+    let setup = Setup::new(&destination.url())
+        .set("db.connection_string", cluster.url())
+        .set("server.shutdown_timeout", "100ms");
+    let mut proxy = setup.start();
+    proxy.accept(0..4);
+    destination.wait_for(4, PATIENCE);
+    proxy.sigterm();
+    proxy.wait_for_log("storing what is left");
+    cluster.start();
+    assert_eq!(proxy.wait().code(), Some(0));
+    assert_all_arrive_after_restart(&setup, &mut destination, 4);
+}

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change is merged: format, lints, documentation, the build
+# without default features, all tests. Installs what is missing, if it may.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Debian keeps the server's programs off the PATH.
+has_postgres() {
+  command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null
+}
+
+missing=()
+has_postgres || missing+=(postgresql)
+# In /usr/sbin, which is not on everybody's PATH.
+[ -x /usr/sbin/pgbouncer ] || command -v pgbouncer >/dev/null || missing+=(pgbouncer)
+command -v cc >/dev/null || missing+=(gcc libc6-dev)
+
+if [ ${#missing[@]} -gt 0 ]; then
+  if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+    echo "tests/run.sh: missing: ${missing[*]}" >&2
+    echo "install them first, on Debian: apt-get install ${missing[*]}" >&2
+    exit 1
+  fi
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+fi
+
+if ! command -v cargo >/dev/null; then
+  echo "tests/run.sh: missing: cargo (see https://rustup.rs)" >&2
+  exit 1
+fi
+if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
+  rustup component add rustfmt clippy
+fi
+
+step() {
+  echo "==> $*"
+  "$@"
+}
+
+step cargo fmt --check
+step cargo clippy --locked --all-targets --all-features -- -D warnings
+RUSTDOCFLAGS='-D warnings' step cargo doc --locked --no-deps --all-features
+step cargo check --locked --no-default-features
+step cargo test --locked
