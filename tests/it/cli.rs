@@ -226,7 +226,10 @@ fn a_bad_setting_is_one_clear_line() {
 fn assert_names(line: &str, key: &str, value: &str) {
     assert!(line.contains(key), "{key}: {line}");
     let got = value.trim_matches(['[', ']']);
-    assert!(line.contains(got), "{key}: {value}: {line}");
+    // These may hold a password, and a wrong one may hold it anywhere.
+    if !["proxy.remote_url", "db.connection_string"].contains(&key) {
+        assert!(line.contains(got), "{key}: {value}: {line}");
+    }
     let rest = line.replace(key, "").replace(got, "");
     let words = rest.split_whitespace().count();
     assert!(words >= 3, "{key} {value}: what is accepted? {line}");
