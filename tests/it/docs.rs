@@ -68,7 +68,7 @@ fn yaml_settings(yaml: &str) -> Vec<(String, String)> {
             section = name;
         } else if let Some((name, value)) = line.trim_start_matches([' ', '#']).split_once(": ") {
             let value = value.split(" #").next().unwrap_or_default();
-            let value = value.trim().trim_matches(['"', '\'']);
+            let value = value.trim().trim_matches(['"', '\'', '[', ']']);
             settings.push((format!("{section}.{name}"), value.to_owned()));
         }
     }

@@ -117,10 +117,11 @@ fn a_second_signal_ends_the_wait_but_stores(route: Route) {
 }
 on_routes!(a_second_signal_ends_the_wait_but_stores: direct Direct, sqlite Sqlite, postgres Postgres);
 
-fn senders_are_told_to_close(route: Route) {
+fn senders_are_told_to_close(acceptor: &str) {
     let mut destination = Destination::answering(|_| Answer::hang());
-    let setup = route
-        .to(&destination)
+    let setup = Setup::new(&destination.url())
+        .set("server.acceptor", acceptor)
+        .set("server.read_timeout", "1m")
         .set("proxy.request_timeout", LONG)
         .set("server.shutdown_timeout", LONG);
     let mut proxy = setup.start();
@@ -128,6 +129,10 @@ fn senders_are_told_to_close(route: Route) {
     let answer = kept_open.exchange(&http::numbered(0));
     assert_eq!(answer.status, 200);
     assert_ne!(answer.field("connection"), Some("close"));
+    // In the middle of the next request when the signal comes.
+    let request = http::numbered(1);
+    let (begun, rest) = request.split_at(request.len() / 2);
+    kept_open.send(begun);
     destination.wait_for(1, PATIENCE);
     proxy.sigterm();
     wait_until_refused(&proxy);
@@ -136,14 +141,24 @@ fn senders_are_told_to_close(route: Route) {
     assert!(ready.text().contains("shutting down"), "{}", ready.text());
     assert_eq!(http::get(proxy.control, "/healthz").status, 200);
     // Still answered, still accepted, and then the connection is over.
-    let answer = kept_open.exchange(&http::numbered(1));
+    kept_open.send(rest);
+    let answer = kept_open.response().expect("an answer");
     assert_eq!(answer.status, 200);
     assert_eq!(answer.field("connection"), Some("close"));
     proxy.sigterm();
     assert_eq!(proxy.wait().code(), Some(0));
     assert_all_arrive_after_restart(&setup, &mut destination, 2);
 }
-on_routes!(senders_are_told_to_close: direct Direct, sqlite Sqlite);
+
+#[test]
+fn senders_are_told_to_close_by_the_builtin_acceptor() {
+    senders_are_told_to_close("builtin");
+}
+
+#[test]
+fn senders_are_told_to_close_by_tiny_http() {
+    senders_are_told_to_close("tiny_http");
+}
 
 #[test]
 fn a_loss_is_not_passed_over_in_silence() {
