@@ -28,8 +28,7 @@
 //! - An accepted request is in exactly one of these places: the store, a channel, a worker's slot.
 //! - A claim is a lease, never a delete; no transaction or connection is held during a send.
 //! - Settling names row id *and* attempt, so that a late settlement changes nothing.
-//! - No SQL outside [`queue`], no HTTP parsing outside [`intake`] and [`control`], no ureq
-//!   outside [`upstream`].
+//! - No SQL outside [`queue`], no HTTP parsing outside [`intake`], no ureq outside [`upstream`].
 //! - Every channel is bounded, every thread is spawned by [`thread`], and one that ends
 //!   unexpectedly ends the program with an error.
 //! - Time enters pure code as an argument.

@@ -1,5 +1,7 @@
 //! Settings as a whole: defaults, files, environment, errors.
 
+#![allow(clippy::too_many_lines, reason = "tables of cases")]
+
 use super::*;
 
 fn load(yaml: &str) -> Result<Config, String> {

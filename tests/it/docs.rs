@@ -28,23 +28,24 @@ fn code(cell: &str) -> &str {
 }
 
 #[test]
-fn readme_has_each_setting_with_env_name_and_default() {
+fn readme_has_each_setting_with_env_name_default_and_meaning() {
     let readme = file("README.md");
     let rows = table_rows(&readme);
     let is_key = |row: &&Vec<&str>| SETTINGS.iter().any(|setting| setting.key == row[0]);
     let documented: Vec<_> = rows
         .iter()
         .filter(is_key)
-        .map(|row| (row[0].to_owned(), row[1].to_owned(), row[2].to_owned()))
+        .map(|row| [0, 1, 2, 3].map(|column| row[column].to_owned()))
         .collect();
     let expected: Vec<_> = SETTINGS
         .iter()
         .map(|setting| {
-            (
+            [
                 setting.key.to_owned(),
                 setting.env(),
                 setting.default.to_owned(),
-            )
+                setting.about.trim_matches('`').to_owned(),
+            ]
         })
         .collect();
     assert_eq!(documented, expected);

@@ -1,9 +1,10 @@
 //! Tests against real stores, and of the program from outside: its binary, over sockets.
 #![allow(
     clippy::unwrap_used,
+    clippy::too_many_lines,
     clippy::print_stderr,
     clippy::disallowed_methods,
-    reason = "a test says what is wrong by panicking, and its threads are its own"
+    reason = "a test says what is wrong by panicking, its threads are its own, its tables may be long"
 )]
 #![allow(
     unreachable_pub,
