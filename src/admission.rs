@@ -105,7 +105,7 @@ impl Admission {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .try_take(Instant::now());
-        if !within_rate {
+        if !within_rate || delivery.is_memory_scarce() {
             return self.store_or_direct(delivery);
         }
         match self.try_direct(delivery) {

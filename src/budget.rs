@@ -65,6 +65,13 @@ impl Permit {
     }
 }
 
+impl Permit {
+    /// Whether so much is held that bodies should not stay in memory longer than they must.
+    pub fn is_scarce(&self) -> bool {
+        self.budget.held_bytes() > self.budget.limit_bytes / 4 * 3
+    }
+}
+
 impl Drop for Permit {
     fn drop(&mut self) {
         self.budget
@@ -87,7 +94,9 @@ mod tests {
         let claimed = budget.holding(5);
         assert_eq!(budget.held_bytes(), 15);
         assert!(!budget.permit().try_grow(1));
+        assert!(first.is_scarce());
         drop((first, claimed));
+        assert!(!budget.permit().is_scarce());
         assert_eq!(budget.held_bytes(), 0);
         assert!(!budget.permit().try_grow(usize::MAX));
     }

@@ -65,7 +65,7 @@ settings! {
     "server.read_timeout" = "5s", "a duration", "time for a whole request to come in (builtin only)";
     "server.idle_timeout" = "60s", "a duration", "time a connection may be idle between requests (builtin only)";
     "server.max_body_size" = "10MiB", "a size", "larger bodies are refused with 413";
-    "server.memory_limit" = "256MiB", "a size", "bodies held in memory, over all stages; past it requests are refused with 503";
+    "server.memory_limit" = "256MiB", "a size", "bodies held in memory, over all stages; past three quarters all requests are stored, past it they are refused with 503";
     "metrics.bind" = ":8081", "an address", "where metrics and health are served, as `server.bind`";
     "metrics.path" = "/metrics", "a path", "path of the metrics";
     "metrics.max_paths" = "50", "a whole number", "distinct `path` labels; the rest is `other`";
@@ -319,7 +319,7 @@ fn server(raw: &Raw) -> Result<Server, ConfigError> {
         })?,
         read_timeout: raw.get("server.read_timeout", values::positive_duration)?,
         idle_timeout: raw.get("server.idle_timeout", values::positive_duration)?,
-        max_body_size: raw.get("server.max_body_size", values::size)?,
+        max_body_size: raw.get("server.max_body_size", values::body_size)?,
         memory_limit: raw.get("server.memory_limit", values::size)?,
     })
 }

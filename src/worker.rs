@@ -31,7 +31,7 @@ pub struct Delivery {
     /// Counts the attempt to be made next, or being made: at least 1.
     pub attempt: u32,
     pub origin: Origin,
-    _permit: Arc<Permit>,
+    permit: Arc<Permit>,
 }
 
 /// Where a delivery came from, which is where its failure goes.
@@ -50,7 +50,7 @@ impl Delivery {
             request,
             attempt: 1,
             origin: Origin::Direct,
-            _permit: Arc::new(permit),
+            permit: Arc::new(permit),
         }
     }
 
@@ -60,8 +60,13 @@ impl Delivery {
             request: Arc::new(row.request),
             attempt: row.attempt,
             origin: Origin::Claimed { send_until },
-            _permit: Arc::new(permit),
+            permit: Arc::new(permit),
         }
+    }
+
+    /// Whether memory is so scarce that a new request should rather be stored.
+    pub fn is_memory_scarce(&self) -> bool {
+        self.permit.is_scarce()
     }
 
     fn next_attempt(&self) -> Delivery {
@@ -69,7 +74,7 @@ impl Delivery {
             request: Arc::clone(&self.request),
             attempt: self.attempt.saturating_add(1),
             origin: self.origin,
-            _permit: Arc::clone(&self._permit),
+            permit: Arc::clone(&self.permit),
         }
     }
 

@@ -74,7 +74,10 @@ impl Bind {
                 .or_else(|_| listen_tcp((Ipv4Addr::UNSPECIFIED, *port).into())),
             Bind::Host(host, port) => {
                 let mut result = Err(io::Error::other("no address for this host"));
-                for address in (host.as_str(), *port).to_socket_addrs()? {
+                let mut addresses: Vec<_> = (host.as_str(), *port).to_socket_addrs()?.collect();
+                // `localhost` is looked for under its IPv4 address by most.
+                addresses.sort_by_key(SocketAddr::is_ipv6);
+                for address in addresses {
                     result = listen_tcp(address);
                     if result.is_ok() {
                         break;

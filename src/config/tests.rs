@@ -150,7 +150,7 @@ fn errors_name_the_setting_the_value_and_what_is_accepted() {
         ),
         (
             "proxy: {request_timeout: 0}",
-            &["proxy.request_timeout", "above 0"],
+            &["proxy.request_timeout", "from 1ms"],
         ),
         (
             "queue: {backoff_min: 1h}",

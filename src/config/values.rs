@@ -49,17 +49,18 @@ fn sum_of_parts(mut text: &str) -> Option<Duration> {
     sum
 }
 
-/// As [`duration`], but not zero.
+/// As [`duration`], but at least a millisecond.
 ///
 /// # Errors
 /// What it must be.
 pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
-    match duration(text) {
-        Ok(Duration::ZERO) | Err(_) => {
-            Err("a duration such as 500ms, 30s, 1m30s or 1h, above 0 and at most 10 years".into())
-        }
-        positive => positive,
-    }
+    // Below a millisecond, a timeout of the system's may be rounded to none at all.
+    duration(text)
+        .ok()
+        .filter(|duration| *duration >= Duration::from_millis(1))
+        .ok_or_else(|| {
+            "a duration such as 500ms, 30s, 1m30s or 1h, from 1ms to 10 years".to_owned()
+        })
 }
 
 /// A size in bytes: `512KiB`, `10MiB`, `10MB`, or a bare number of bytes.
@@ -89,6 +90,17 @@ pub(super) fn size(text: &str) -> Result<usize, String> {
         // So that sums of sizes never overflow.
         .filter(|size| *size <= usize::MAX / 4)
         .ok_or_else(|| "a size such as 512KiB, 10MiB or 1GiB".to_owned())
+}
+
+/// The size of a body. Stores take no value of a gigabyte.
+///
+/// # Errors
+/// What it must be.
+pub(super) fn body_size(text: &str) -> Result<usize, String> {
+    size(text)
+        .ok()
+        .filter(|size| (1..=512 << 20).contains(size))
+        .ok_or_else(|| "a size such as 512KiB or 10MiB, from 1B to 512MiB".to_owned())
 }
 
 /// A boolean as Go's `strconv.ParseBool` reads it.

@@ -172,6 +172,8 @@ impl Input {
             }
             Framing::Chunked => self.read_chunks(source, bytes_max, &mut body, permit)?,
         }
+        // What is counted is what is held.
+        body.shrink_to_fit();
         Ok(body)
     }
 

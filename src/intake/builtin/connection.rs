@@ -161,7 +161,9 @@ impl Source for Wire<'_> {
             return Err(io::ErrorKind::TimedOut.into());
         }
         self.is_hurried = true;
-        self.socket.set_read_timeout(Some(left))?;
+        // Less than a microsecond would count as none at all, and so as no limit.
+        self.socket
+            .set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
         read(self.socket, buffer)
     }
 
