@@ -7,6 +7,7 @@
 mod adopt;
 mod connections;
 mod schema;
+mod statements;
 
 use std::time::{Duration, SystemTime};
 
@@ -20,120 +21,12 @@ use super::{
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
 use connections::{Connections, Fault};
+use statements::{APPEND, APPEND_DEAD, CLAIM, CLAIM_UNORDERED, SAMPLE, SETTLE};
 
 /// The longest delay or lease: what is later may as well be then.
 const DELAY_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 /// The year 9999 ends here, and with it what every tool can show.
 const UNIX_SECONDS_MAX: u64 = 253_402_300_799;
-
-/// The primary key finds ids that are there already, as in all statements by id.
-const APPEND: &str = "
-    INSERT INTO proxy_requests
-           (id, received_at, next_attempt_at, attempt, last_status, last_error,
-            method, target, headers, body)
-    SELECT id, received_at, now() + after * interval '1 second', attempt, status, error,
-           method, target, headers, body
-      FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
-           AS new (id, received_at, after, attempt, status, error,
-                   method, target, headers, body)
-        ON CONFLICT (id) DO NOTHING";
-
-/// As `APPEND`; `after` counts for nothing.
-const APPEND_DEAD: &str = "
-    INSERT INTO proxy_dead_letters
-           (id, received_at, died_at, attempt, last_status, last_error,
-            method, target, headers, body)
-    SELECT id, received_at, now(), attempt, status, error,
-           method, target, headers, body
-      FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
-           AS new (id, received_at, after, attempt, status, error,
-                   method, target, headers, body)
-        ON CONFLICT (id) DO NOTHING";
-
-/// Rows are found and ordered by `proxy_requests_due`, and updated where they were found. One
-/// that another instance changes meanwhile is skipped. No count overflows.
-macro_rules! claim {
-    ($order:literal) => {
-        concat!(
-            "
-    WITH due AS MATERIALIZED (
-        SELECT ctid AS place, next_attempt_at AS due_at
-          FROM proxy_requests
-         WHERE next_attempt_at <= now()
-         ",
-            $order,
-            "
-         LIMIT $1
-           FOR UPDATE SKIP LOCKED
-    )
-    UPDATE proxy_requests
-       SET attempt = least(attempt, 2147483646) + 1,
-           leased = true,
-           next_attempt_at = now() + $2 * interval '1 second'
-      FROM due
-     WHERE ctid = place
- RETURNING id, attempt, due_at, received_at, method, target, headers, body"
-        )
-    };
-}
-
-const CLAIM: &str = claim!("ORDER BY next_attempt_at");
-
-/// As it comes: the planner reads the table from its start.
-const CLAIM_UNORDERED: &str = claim!("");
-
-/// Each part finds its rows by the primary key. No row is in two parts: see [`Outcomes::add`].
-const SETTLE: &str = "
-    WITH delivered AS (
-        DELETE FROM proxy_requests AS row
-         USING unnest($1, $2) AS mine (id, attempt)
-         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
-     RETURNING 1
-    ), later AS (
-        UPDATE proxy_requests AS row
-           SET leased = false,
-               next_attempt_at = now() + mine.after * interval '1 second',
-               last_status = mine.status,
-               last_error = mine.error
-          FROM unnest($3, $4, $5, $6, $7) AS mine (id, attempt, after, status, error)
-         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
-     RETURNING 1
-    ), gone AS (
-        DELETE FROM proxy_requests AS row
-         USING unnest($8, $9, $10, $11) AS mine (id, attempt, status, error)
-         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
-     RETURNING row.id, row.received_at, row.attempt, mine.status, mine.error,
-               row.method, row.target, row.headers, row.body
-    ), buried AS (
-        INSERT INTO proxy_dead_letters
-               (id, received_at, died_at, attempt, last_status, last_error,
-                method, target, headers, body)
-        SELECT id, received_at, now(), attempt, status, error,
-               method, target, headers, body
-          FROM gone
-            ON CONFLICT (id) DO NOTHING
-    ), released AS (
-        UPDATE proxy_requests AS row
-           SET leased = false,
-               next_attempt_at = now(),
-               attempt = row.attempt - 1
-          FROM unnest($12, $13) AS mine (id, attempt)
-         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
-     RETURNING 1
-    )
-    SELECT (SELECT count(*) FROM delivered),
-           (SELECT count(*) FROM later),
-           (SELECT count(*) FROM gone),
-           (SELECT count(*) FROM released)";
-
-/// Served by `proxy_requests_due` alone where the table has been vacuumed, and the dead
-/// letters by one of theirs.
-const SAMPLE: &str = "
-    SELECT count(*),
-           count(*) FILTER (WHERE leased AND next_attempt_at > now()),
-           (SELECT count(*) FROM proxy_dead_letters),
-           floor(extract(epoch FROM now() - min(received_at)) * 1000)::bigint
-      FROM proxy_requests";
 
 /// A queue in a Postgres database.
 #[derive(Debug)]

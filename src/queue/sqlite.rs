@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rusqlite::{Connection, ErrorCode, Row, Transaction, TransactionBehavior, params};
+use rusqlite::{
+    Connection, ErrorCode, MAIN_DB, OpenFlags, Row, Transaction, TransactionBehavior, params,
+};
 use uuid::Uuid;
 
 use super::{
@@ -156,6 +158,9 @@ impl SqliteStore {
             });
         if result.is_ok() {
             *slot = Some(connection);
+        } else {
+            // It shares what SQLite knows of the file, such as that it is read-only.
+            *self.reader() = None;
         }
         result.map_err(|error| self.describe(&error))
     }
@@ -167,12 +172,18 @@ impl SqliteStore {
         let mut connection = self
             .open(WRITER_CACHE_KIB)
             .map_err(|error| self.describe(&error))?;
+        // SQLite opens what it may not write to all the same, and fails at the first write.
+        if connection.is_readonly(MAIN_DB).unwrap_or(false) {
+            let why = format!("{}: attempt to open a read-only file", self.path.display());
+            return Err(StoreError::Unavailable(why));
+        }
         self.migrate(&mut connection)?;
         Ok(connection)
     }
 
     fn open(&self, cache_kib: i32) -> rusqlite::Result<Connection> {
-        let connection = Connection::open(&self.path)?;
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(&self.path, flags)?;
         connection.busy_timeout(self.timeout)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "FULL")?;

@@ -13,7 +13,8 @@ use uuid::Uuid;
 
 use super::super::StoreError;
 use super::connections::Fault;
-use super::{APPEND, APPEND_DEAD, NewRows, to_storable};
+use super::statements::{APPEND, APPEND_DEAD};
+use super::{NewRows, to_storable};
 use crate::request::{Peer, Request};
 
 /// Rows in memory at once.
@@ -82,6 +83,13 @@ const CLOSE: &str = "
     CLOSE asyncproxy_go_rows;
     DROP TABLE asyncproxy_go_requests";
 
+/// Rows taken over.
+#[derive(Default)]
+pub(super) struct Adopted {
+    pub(super) waiting: u64,
+    pub(super) dead: u64,
+}
+
 /// Its table, renamed.
 pub(super) struct Adoption(());
 
@@ -113,10 +121,10 @@ pub(super) fn set_aside(transaction: &mut Transaction<'_>) -> Result<Option<Adop
 
 impl Adoption {
     /// Moves its rows to our tables and drops its table.
-    pub(super) fn convert(self, transaction: &mut Transaction<'_>) -> Result<(), Fault> {
+    pub(super) fn convert(self, transaction: &mut Transaction<'_>) -> Result<Adopted, Fault> {
         transaction.batch_execute(OPEN)?;
         let fetch = format!("FETCH {BATCH_ROWS} FROM asyncproxy_go_rows");
-        let (mut waiting, mut dead) = (0, 0);
+        let mut adopted = Adopted::default();
         loop {
             let rows = transaction.query_typed(&fetch, &[])?;
             if rows.is_empty() {
@@ -131,12 +139,11 @@ impl Adoption {
                     Err(why) => bad.push((row, format!("not taken over: {why}"))),
                 }
             }
-            waiting += append(transaction, &good)?;
-            dead += append_dead(transaction, &bad)?;
+            adopted.waiting += append(transaction, &good)?;
+            adopted.dead += append_dead(transaction, &bad)?;
         }
         transaction.batch_execute(CLOSE)?;
-        log::info!(waiting, dead; "took over the queue of the Go program");
-        Ok(())
+        Ok(adopted)
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use ::postgres::error::{DbError, Severity, SqlState};
 use ::postgres::{Client, Config, NoTls};
-use crossbeam_channel::{Receiver, SendError, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendError, Sender, TrySendError, bounded};
 use r2d2::{ManageConnection, NopErrorHandler, Pool};
 use r2d2_postgres::PostgresConnectionManager;
 
@@ -123,12 +123,17 @@ impl Connections {
             }
         });
         self.hand_over(job, deadline)?;
-        answered.recv_deadline(deadline).unwrap_or_else(|_| {
-            Err(StoreError::Unavailable(format!(
-                "no answer within {:?}",
-                self.timeout
-            )))
-        })
+        answered
+            .recv_deadline(deadline)
+            .unwrap_or_else(|error| match error {
+                RecvTimeoutError::Timeout => Err(StoreError::Unavailable(format!(
+                    "no answer within {:?}",
+                    self.timeout
+                ))),
+                RecvTimeoutError::Disconnected => {
+                    Err(StoreError::Failed("the operation panicked".into()))
+                }
+            })
     }
 
     fn hand_over(&self, job: Job, deadline: Instant) -> Result<(), StoreError> {

@@ -5,7 +5,7 @@ use ::postgres::{Client, Transaction};
 
 use super::super::StoreError;
 use super::super::migrate::{self, Migration};
-use super::adopt;
+use super::adopt::{self, Adopted};
 use super::connections::Fault;
 
 /// Held until the end of the transaction; the key is the program's name in ASCII.
@@ -50,14 +50,21 @@ pub(super) fn migrate(client: &mut Client) -> Result<(), Fault> {
         transaction.batch_execute(CREATE_MIGRATIONS)?;
     }
     let applied: i64 = transaction.query_typed_one(APPLIED, &[])?.try_get(0)?;
+    let mut adopted = None;
     for migration in migrate::pending(migrate::POSTGRES, applied)? {
-        apply(&mut transaction, migration)?;
+        adopted = apply(&mut transaction, migration)?.or(adopted);
     }
     transaction.commit()?;
+    if let Some(Adopted { waiting, dead }) = adopted {
+        log::info!(waiting, dead; "took over the queue of the Go program");
+    }
     Ok(())
 }
 
-fn apply(transaction: &mut Transaction<'_>, migration: &Migration) -> Result<(), Fault> {
+fn apply(
+    transaction: &mut Transaction<'_>,
+    migration: &Migration,
+) -> Result<Option<Adopted>, Fault> {
     // The first table has the name of one that the Go program may have left.
     let adoption = if migration.version == 1 {
         adopt::set_aside(transaction)?
@@ -65,9 +72,10 @@ fn apply(transaction: &mut Transaction<'_>, migration: &Migration) -> Result<(),
         None
     };
     transaction.batch_execute(migration.sql)?;
-    if let Some(adoption) = adoption {
-        adoption.convert(transaction)?;
-    }
+    let adopted = match adoption {
+        Some(adoption) => Some(adoption.convert(transaction)?),
+        None => None,
+    };
     transaction.execute_typed(RECORD, &[(&migration.version, Type::INT8)])?;
-    Ok(())
+    Ok(adopted)
 }

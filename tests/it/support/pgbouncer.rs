@@ -11,24 +11,28 @@ use super::postgres::{TestDb, free_port, give_to_server_account, run_until_we_en
 
 /// Server connections: fewer than the clients have, so that they must share.
 const POOL_SIZE: u32 = 3;
-const START_TIMEOUT: Duration = Duration::from_secs(30);
+const START_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A running PgBouncer. Ends when dropped, or with this process.
 pub struct Pgbouncer {
     url: String,
     guard: Child,
-    _directory: TempDir,
 }
 
 impl Pgbouncer {
     pub fn start(database: &TestDb) -> Pgbouncer {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let is_installed = std::env::split_paths(&path)
+            .chain(["/usr/sbin".into()])
+            .any(|directory| directory.join("pgbouncer").exists());
+        assert!(is_installed, "install pgbouncer (tests/run.sh does)");
         for _ in 0..5 {
             // Someone else may take the port first.
             if let Some(running) = Pgbouncer::try_start(database, free_port()) {
                 return running;
             }
         }
-        panic!("pgbouncer does not start: install pgbouncer (tests/run.sh does)");
+        panic!("pgbouncer does not start");
     }
 
     fn try_start(database: &TestDb, port: u16) -> Option<Pgbouncer> {
@@ -37,16 +41,15 @@ impl Pgbouncer {
         let configuration = directory.path().join("pgbouncer.ini");
         fs::write(&configuration, ini(database, port)).expect("write pgbouncer.ini");
         give_to_server_account(&configuration);
+        // The server account's shell removes the directory: this process may be killed.
+        let _ = directory.keep();
         let guard = run_until_we_end(
-            r#"PATH="$PATH:/usr/sbin"; exec 3<&0; pgbouncer -q "$0" & cat <&3 >/dev/null; kill -9 $!"#,
+            r#"PATH="$PATH:/usr/sbin"; exec 3<&0; pgbouncer -q "$0" & cat <&3 >/dev/null
+               kill -9 $!; rm -rf "${0%/*}""#,
             &[&configuration],
         );
         let url = format!("postgres://test@127.0.0.1:{port}/{}", database.name());
-        let running = Pgbouncer {
-            url,
-            guard,
-            _directory: directory,
-        };
+        let running = Pgbouncer { url, guard };
         let deadline = Instant::now() + START_TIMEOUT;
         while Instant::now() < deadline {
             if Client::connect(&running.url, NoTls).is_ok() {

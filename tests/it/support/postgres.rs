@@ -19,6 +19,7 @@ use tempfile::TempDir;
 /// A running server.
 pub struct Cluster {
     port: u16,
+    /// Cleans up when this process has ended: nobody waits for it.
     _guard: Child,
 }
 
@@ -35,6 +36,7 @@ pub fn cluster() -> &'static Cluster {
 }
 
 impl Cluster {
+    #[expect(clippy::zombie_processes, reason = "it outlives this process")]
     fn start() -> Cluster {
         let directory = TempDir::new().expect("temporary directory");
         give_to_server_account(directory.path());
@@ -216,7 +218,10 @@ fn server_account() -> Option<(u32, u32)> {
     ))
 }
 
-pub(super) fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    listener.local_addr().expect("its address").port()
+/// A port below those that the system hands out by itself, so that it stays free for a while.
+pub fn free_port() -> u16 {
+    std::iter::repeat_with(|| fastrand::u16(20_000..30_000))
+        .take(100)
+        .find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok())
+        .expect("a free port")
 }
