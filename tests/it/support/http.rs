@@ -28,7 +28,7 @@ pub enum Kind {
 impl Message {
     /// Reads one message; `None` if the other side closed before it began.
     pub fn read(reader: &mut impl BufRead, kind: Kind) -> io::Result<Option<Message>> {
-        if reader.fill_buf()?.is_empty() {
+        if is_at_end(reader)? {
             return Ok(None);
         }
         let start = line(reader)?;
@@ -50,6 +50,16 @@ impl Message {
             reader.read_to_end(&mut body)?;
         }
         Ok(Some(Message { start, lines, body }))
+    }
+}
+
+fn is_at_end(reader: &mut impl BufRead) -> io::Result<bool> {
+    loop {
+        // Alone among the calls here it does not go on by itself after a signal.
+        match reader.fill_buf() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return Ok(result?.is_empty()),
+        }
     }
 }
 
