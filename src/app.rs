@@ -142,6 +142,8 @@ struct Running {
     drain: Drain,
     /// Closed to stop claiming.
     claiming: Sender<()>,
+    /// A claim that is under way ends in this time.
+    claim_time_max: Duration,
 }
 
 impl Running {
@@ -211,6 +213,7 @@ impl Running {
             intake,
             drain,
             claiming,
+            claim_time_max: 2 * config.db.timeout,
         })
     }
 
@@ -240,6 +243,9 @@ impl Running {
         self.threads.wait_for("poller", deadline);
         self.drain.release_unstarted();
         self.drain.wait(deadline, &self.signals);
+        // A claim under way would lease rows after all others were given back.
+        self.threads
+            .wait_for("poller", Instant::now() + self.claim_time_max);
         self.intake.admission.close();
         self.drain.store_rest()
     }

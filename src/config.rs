@@ -169,8 +169,10 @@ impl Config {
                 "{path:?}: cannot read the settings: {error}; {hint}"
             ))
         })?;
-        Config::from_yaml(&yaml, &|name| std::env::var(name).ok())
-            .map_err(|error| ConfigError(format!("{path:?}: {error}")))
+        let env = |name: &str| std::env::var(name).ok();
+        let raw =
+            Raw::read(&yaml, &env).map_err(|error| ConfigError(format!("{path:?}: {error}")))?;
+        Config::understand(raw, &env)
     }
 
     /// Understands settings; `env` looks up an environment variable.
@@ -181,7 +183,10 @@ impl Config {
         yaml: &str,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Config, ConfigError> {
-        let raw = Raw::read(yaml, env)?;
+        Config::understand(Raw::read(yaml, env)?, env)
+    }
+
+    fn understand(raw: Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
         let (db, warnings) = db(&raw, env)?;
         let config = Config {
             server: server(&raw)?,
