@@ -41,18 +41,25 @@ pub(super) fn serve(
         head: Vec::new(),
     };
     loop {
-        let (answer, is_head, keep_alive) = match connection.next() {
+        let Served {
+            answer,
+            is_head,
+            is_11,
+            keep_alive,
+        } = match connection.next() {
             Ok(served) => served,
             Err(Fault::Gone) => return,
-            Err(Fault::Refused(answer)) => (service.refuse(answer), false, false),
+            Err(Fault::Refused(answer)) => Served::refused(service.refuse(answer)),
         };
         let is_served = answer.is_served();
         let keep_alive = keep_alive && is_served && !service.is_draining();
-        let bytes = answer.to_bytes(
-            if keep_alive { None } else { Some("close") },
-            is_head,
-            SystemTime::now(),
-        );
+        let connection_field = match (keep_alive, is_11) {
+            (false, _) => Some("close"),
+            // Not what HTTP/1.0 does by itself, so its senders look for it.
+            (true, false) => Some("keep-alive"),
+            (true, true) => None,
+        };
+        let bytes = answer.to_bytes(connection_field, is_head, SystemTime::now());
         if connection.wire.write(&bytes).is_err() {
             return;
         }
@@ -61,6 +68,26 @@ pub(super) fn serve(
                 connection.wire.linger();
             }
             return;
+        }
+    }
+}
+
+/// An answer, and what its form depends on.
+struct Served {
+    answer: Answer,
+    is_head: bool,
+    is_11: bool,
+    /// Whether the request allows the connection to be kept.
+    keep_alive: bool,
+}
+
+impl Served {
+    fn refused(answer: Answer) -> Served {
+        Served {
+            answer,
+            is_head: false,
+            is_11: true,
+            keep_alive: false,
         }
     }
 }
@@ -74,9 +101,8 @@ struct Connection<'a, S> {
 }
 
 impl<S: Service> Connection<'_, S> {
-    /// Reads the next request and has it answered: the answer, whether it was to `HEAD`, and
-    /// whether the connection may be kept.
-    fn next(&mut self) -> Result<(Answer, bool, bool), Fault> {
+    /// Reads the next request and has it answered.
+    fn next(&mut self) -> Result<Served, Fault> {
         self.wire.deadline = None;
         self.wire.seat.idle();
         self.input.read_head(&mut self.wire, &mut self.head)?;
@@ -105,7 +131,12 @@ impl<S: Service> Connection<'_, S> {
             permit,
             started,
         });
-        Ok((answer, head.method == "HEAD", head.keep_alive))
+        Ok(Served {
+            answer,
+            is_head: head.method == "HEAD",
+            is_11: head.is_11,
+            keep_alive: head.keep_alive,
+        })
     }
 }
 

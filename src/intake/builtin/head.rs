@@ -75,6 +75,8 @@ pub struct Head<'h, 'b> {
     pub target: &'b str,
     pub fields: &'h [Header<'b>],
     pub framing: Framing,
+    /// HTTP/1.1, not HTTP/1.0.
+    pub is_11: bool,
     pub keep_alive: bool,
     pub expects_continue: bool,
     pub host: Option<&'b [u8]>,
@@ -118,6 +120,7 @@ impl<'h, 'b> Head<'h, 'b> {
             target,
             fields,
             framing: framing(fields, is_11)?,
+            is_11,
             keep_alive: keeps_alive(fields, is_11),
             expects_continue: expects_continue(fields, is_11)?,
             host,
