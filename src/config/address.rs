@@ -4,8 +4,10 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use http::uri::{Authority, Scheme, Uri};
+use listenfd::ListenFd;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::upstream;
@@ -151,6 +153,9 @@ fn listen_unix(path: &Path) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// What systemd handed over. Asked for once: that takes it out of the environment.
+static HANDED_OVER: LazyLock<Mutex<ListenFd>> = LazyLock::new(|| Mutex::new(ListenFd::from_env()));
+
 /// Takes over a socket as sd_listen_fds(3) describes.
 fn take_over(name: Option<&str>) -> io::Result<Socket> {
     let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
@@ -161,15 +166,17 @@ fn take_over(name: Option<&str>) -> io::Result<Socket> {
             .position(|other| other == name)
             .ok_or_else(|| io::Error::other("systemd handed over no socket of this name"))?,
     };
-    let nothing = || io::Error::other("systemd handed over no socket");
-    let mut handed_over = listenfd::ListenFd::from_env();
-    if let Ok(Some(listener)) = handed_over.take_tcp_listener(index) {
-        return Ok(listener.into());
-    }
-    match handed_over.take_unix_listener(index)? {
-        Some(listener) => Ok(listener.into()),
-        None => Err(nothing()),
-    }
+    let mut handed_over = HANDED_OVER.lock().unwrap_or_else(PoisonError::into_inner);
+    let socket: Socket = match handed_over.take_tcp_listener(index) {
+        Ok(Some(listener)) => listener.into(),
+        _ => match handed_over.take_unix_listener(index)? {
+            Some(listener) => listener.into(),
+            None => return Err(io::Error::other("systemd handed over no socket")),
+        },
+    };
+    // Threads wait for connections in `accept`.
+    socket.set_nonblocking(false)?;
+    Ok(socket)
 }
 
 /// `proxy.remote_url`, taken apart.
