@@ -131,13 +131,34 @@ struct Stage {
     budget: Arc<Budget>,
 }
 
-type StopAccepting = Box<dyn FnOnce()>;
+/// The acceptor that the settings name.
+enum Accepting {
+    Builtin(Arc<builtin::Acceptor<Intake>>),
+    TinyHttp(Arc<tiny_http::Acceptor>),
+}
+
+impl Accepting {
+    fn stop(&self) {
+        match self {
+            Accepting::Builtin(acceptor) => acceptor.close(),
+            Accepting::TinyHttp(acceptor) => acceptor.stop_accepting(),
+        }
+    }
+
+    /// Senders' connections that are open. tiny_http does not tell, and is not waited for.
+    fn connections(&self) -> usize {
+        match self {
+            Accepting::Builtin(acceptor) => acceptor.connections(),
+            Accepting::TinyHttp(_) => 0,
+        }
+    }
+}
 
 /// The running program.
 struct Running {
     threads: Threads,
     signals: Receiver<i32>,
-    stop_accepting: StopAccepting,
+    accepting: Accepting,
     intake: Arc<Intake>,
     drain: Drain,
     /// Closed to stop claiming.
@@ -194,7 +215,7 @@ impl Running {
         };
         spawn(&threads, "poller", move || poller.run())?;
         let intake = Arc::new(new_intake(config, &stage, direct_sender, appender.clone()));
-        let stop_accepting = start_intake(&threads, config, listener, &intake)?;
+        let accepting = start_intake(&threads, config, listener, &intake)?;
         start_control(&threads, config, &stage, &intake, control_listener)?;
         let drain = Drain {
             store: stage.store,
@@ -209,7 +230,7 @@ impl Running {
         Ok(Running {
             threads,
             signals,
-            stop_accepting,
+            accepting,
             intake,
             drain,
             claiming,
@@ -237,12 +258,13 @@ impl Running {
     /// Returns how many acknowledged requests are lost.
     fn drain(self, timeout: Duration) -> u64 {
         let deadline = Instant::now() + timeout;
-        self.intake.draining.store(true, Ordering::Relaxed);
-        (self.stop_accepting)();
+        self.intake.draining.store(true, Ordering::SeqCst);
+        self.accepting.stop();
         drop(self.claiming);
         self.threads.wait_for("poller", deadline);
         self.drain.release_unstarted();
-        self.drain.wait(deadline, &self.signals);
+        self.drain
+            .wait(deadline, &self.signals, || self.accepting.connections());
         // A claim under way would lease rows after all others were given back.
         self.threads
             .wait_for("poller", Instant::now() + self.claim_time_max);
@@ -372,16 +394,16 @@ fn new_intake(
     }
 }
 
-/// Starts the acceptor that the settings name, and tells how to stop accepting.
+/// Starts the acceptor that the settings name.
 fn start_intake(
     threads: &Threads,
     config: &Config,
     listener: Socket,
     intake: &Arc<Intake>,
-) -> Result<StopAccepting, RunError> {
+) -> Result<Accepting, RunError> {
     let address = shown_address(&listener).map_err(start("intake"))?;
     let server = &config.server;
-    let stop: StopAccepting = match server.acceptor {
+    let accepting = match server.acceptor {
         AcceptorKind::Builtin => {
             let times = builtin::Times {
                 request: server.read_timeout,
@@ -396,7 +418,7 @@ fn start_intake(
                 threads,
             )
             .map_err(start("intake"))?;
-            Box::new(move || acceptor.close())
+            Accepting::Builtin(acceptor)
         }
         AcceptorKind::TinyHttp => {
             let acceptor = tiny_http::Acceptor::new(listener.into(), Arc::clone(intake));
@@ -405,11 +427,11 @@ fn start_intake(
                 let acceptor = Arc::clone(&acceptor);
                 spawn(threads, format!("intake-{number}"), move || acceptor.run())?;
             }
-            Box::new(move || acceptor.stop_accepting())
+            Accepting::TinyHttp(acceptor)
         }
     };
     log::info!(addr:% = address; "listening");
-    Ok(stop)
+    Ok(accepting)
 }
 
 fn start_control(

@@ -46,10 +46,16 @@ impl Drain {
         }
     }
 
-    /// Waits until the workers are through with all there is, or until the deadline or another
-    /// signal.
-    pub fn wait(&self, deadline: Instant, signals: &Receiver<i32>) {
-        while !self.is_idle() {
+    /// Waits until the last of the senders' connections is closed and the workers are through
+    /// with all there is, or until the deadline or another signal.
+    pub fn wait(
+        &self,
+        deadline: Instant,
+        signals: &Receiver<i32>,
+        connections: impl Fn() -> usize,
+    ) {
+        // In this order: without connections, nothing comes in behind those who look.
+        while connections() > 0 || !self.is_idle() {
             if Instant::now() >= deadline {
                 let left = self.unfinished();
                 log::warn!(left; "server.shutdown_timeout is over, storing what is left");

@@ -135,7 +135,7 @@ impl Answer {
 
 impl Intake {
     pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
+        self.draining.load(Ordering::SeqCst)
     }
 
     /// Records a request that was read whole and admits it.

@@ -105,6 +105,10 @@ impl<S: Service> Connection<'_, S> {
     fn next(&mut self) -> Result<Served, Fault> {
         self.wire.deadline = None;
         self.wire.seat.idle();
+        if self.service.is_draining() {
+            // Idle too late to be found by whoever closes idle connections.
+            let _ = self.wire.socket.shutdown(Shutdown::Read);
+        }
         self.input.read_head(&mut self.wire, &mut self.head)?;
         self.wire.seat.reading();
         let started = Instant::now();

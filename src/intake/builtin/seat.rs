@@ -65,13 +65,14 @@ impl Seat {
 
     fn enter(&self, state: State) {
         let ms = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX / STATES);
+        // Who closes says so first and looks at the state then; here it is the other way round.
         self.state
-            .store(ms * STATES + state as u64, Ordering::Relaxed);
+            .store(ms * STATES + state as u64, Ordering::SeqCst);
     }
 
     /// The state, and since when (milliseconds).
     pub(super) fn state(&self) -> (State, u64) {
-        let value = self.state.load(Ordering::Relaxed);
+        let value = self.state.load(Ordering::SeqCst);
         let state = match value % STATES {
             0 => State::Idle,
             1 => State::Reading,
