@@ -3,6 +3,8 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -142,7 +144,7 @@ impl Response {
 
 /// One connection to the program, kept open until dropped.
 #[derive(Debug)]
-pub struct Connection(BufReader<TcpStream>);
+pub struct Connection<S = TcpStream>(BufReader<S>);
 
 impl Connection {
     pub fn open(to: SocketAddr) -> Connection {
@@ -153,15 +155,31 @@ impl Connection {
         Connection(BufReader::new(stream))
     }
 
+    /// Says that nothing more will be sent.
+    pub fn end(&mut self) {
+        let _ = self.0.get_ref().shutdown(Shutdown::Write);
+    }
+
+    /// The other way to the same connection, for a thread that sends while this one reads.
+    pub fn sender(&self) -> TcpStream {
+        self.0.get_ref().try_clone().expect("clone a socket")
+    }
+}
+
+impl Connection<UnixStream> {
+    pub fn open_unix(path: &Path) -> Connection<UnixStream> {
+        let stream = UnixStream::connect(path).expect("connect");
+        stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        stream.set_write_timeout(Some(PATIENCE)).expect("timeout");
+        Connection(BufReader::new(stream))
+    }
+}
+
+impl<S: Read + Write> Connection<S> {
     /// Sends these bytes. A failure is not reported here: the other side may refuse a request
     /// before it has read all of it, and then the answer tells more.
     pub fn send(&mut self, bytes: &[u8]) {
         let _ = self.0.get_mut().write_all(bytes);
-    }
-
-    /// Says that nothing more will be sent.
-    pub fn end(&mut self) {
-        let _ = self.0.get_ref().shutdown(Shutdown::Write);
     }
 
     /// Reads one final answer, skipping interim ones.
@@ -185,6 +203,13 @@ impl Connection {
         let start = line(&mut self.0)?;
         while !line(&mut self.0)?.is_empty() {}
         status(&start)
+    }
+
+    /// Everything until the other side closes; an error if it resets the connection.
+    pub fn rest(&mut self) -> io::Result<Vec<u8>> {
+        let mut rest = Vec::new();
+        self.0.read_to_end(&mut rest)?;
+        Ok(rest)
     }
 
     /// Sends a request and reads its answer.

@@ -13,3 +13,4 @@ pub mod relay;
 pub mod route;
 pub mod seen;
 pub mod store;
+pub mod usage;

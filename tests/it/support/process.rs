@@ -2,6 +2,7 @@
 //! if the test failed.
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::OwnedFd;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -41,6 +42,27 @@ impl Process {
         output.collect(child.stdout.take().expect("stdout"));
         output.collect(child.stderr.take().expect("stderr"));
         Process { child, output }
+    }
+
+    /// Starts a command that finds two sockets where its input and its output would be. Other
+    /// descriptors would reach every process that is started at the same time.
+    pub fn spawn_with_sockets(command: &mut Command, input: OwnedFd, output: OwnedFd) -> Process {
+        let mut child = command
+            .stdin(input)
+            .stdout(output)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        // It holds copies of the sockets.
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let output = Arc::new(Output::default());
+        output.lock().ended = 1;
+        output.collect(child.stderr.take().expect("stderr"));
+        Process { child, output }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Waits for a line that contains `part`, written before or later.

@@ -15,6 +15,7 @@ use tempfile::TempDir;
 use super::http::{self, Response};
 use super::metrics::Metrics;
 use super::process::Process;
+use super::usage::Usage;
 
 /// How long anything that must happen may take, on the slowest machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -106,16 +107,19 @@ impl Setup {
         command
     }
 
+    /// A shell in the same place, for a `script` that ends with `exec "$0"`: the binary.
+    pub fn shell(&self, script: &str) -> Command {
+        let binary = self.command();
+        let mut shell = Command::new("/bin/sh");
+        shell.current_dir(self.directory.path()).env_clear();
+        shell.envs(self.env.iter().map(|(name, value)| (name, value)));
+        shell.arg("-c").arg(script).arg(binary.get_program());
+        shell
+    }
+
     /// Starts the program and waits until it listens.
     pub fn start(&self) -> Proxy {
-        let process = Process::spawn(&mut self.command());
-        let control = logged_address(&process, "msg=\"serving metrics and health\"");
-        let intake = logged_address(&process, "msg=\"listening\"");
-        Proxy {
-            intake,
-            control,
-            process,
-        }
+        Proxy::of(Process::spawn(&mut self.command()))
     }
 
     fn yaml(&self) -> String {
@@ -166,6 +170,22 @@ pub struct Proxy {
 }
 
 impl Proxy {
+    /// Waits until the program listens.
+    pub fn of(process: Process) -> Proxy {
+        let control = logged_address(&process, "msg=\"serving metrics and health\"");
+        let intake = logged_address(&process, "msg=\"listening\"");
+        Proxy {
+            intake,
+            control,
+            process,
+        }
+    }
+
+    /// What it takes of the system.
+    pub fn usage(&self) -> Usage {
+        Usage::of(self.process.pid())
+    }
+
     /// Sends one request to the intake, on a connection of its own.
     pub fn send(&self, bytes: &[u8]) -> Response {
         http::exchange(self.intake, bytes)

@@ -1,0 +1,41 @@
+//! What a process takes of the system, as the kernel tells.
+
+use std::fs;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+#[derive(Debug, Clone, Copy)]
+pub struct Usage {
+    pub resident_bytes: usize,
+    pub threads: usize,
+    pub descriptors: usize,
+}
+
+impl Usage {
+    pub fn of(pid: u32) -> Usage {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+        let number = |name: &str| -> usize {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let value = line.expect(name).trim().trim_end_matches(" kB");
+            value.parse().expect(name)
+        };
+        Usage {
+            resident_bytes: number("VmRSS:") * 1024,
+            threads: number("Threads:"),
+            descriptors: fs::read_dir(format!("/proc/{pid}/fd")).expect("fd").count(),
+        }
+    }
+}
+
+/// Lets the tests themselves open so many files, together with whatever runs beside.
+pub fn raise_own_descriptor_limit(needed: u64) {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|soft| soft >= needed) {
+        return;
+    }
+    let raised = Rlimit {
+        current: Some(needed),
+        maximum: limit.maximum,
+    };
+    setrlimit(Resource::Nofile, raised).expect("raise the limit of open files: see ulimit -Hn");
+}
