@@ -40,28 +40,53 @@ pub(super) fn serve(
         input: Input::default(),
         head: Vec::new(),
     };
+    let mut rendered = Rendered::default();
     loop {
-        let (answer, is_head, keep_alive) = match connection.next() {
-            Ok(served) => served,
+        let (answer, is_head, may_keep, is_refusal) = match connection.next() {
+            Ok((answer, is_head, may_keep)) => (answer, is_head, may_keep, false),
             Err(Fault::Gone) => return,
-            Err(Fault::Refused(answer)) => (service.refuse(answer), false, false),
+            // Nobody knows how much of the request is still to come.
+            Err(Fault::Refused(answer)) => (service.refuse(answer), false, false, true),
         };
-        let is_served = answer.is_served();
-        let keep_alive = keep_alive && is_served && !service.is_draining();
-        let bytes = answer.to_bytes(
-            if keep_alive { None } else { Some("close") },
+        let is_kept = may_keep && !service.is_draining();
+        let bytes = rendered.bytes(answer, is_kept, is_head);
+        if connection.wire.write(bytes).is_err() {
+            return;
+        }
+        if is_refusal {
+            connection.wire.linger();
+        }
+        if !is_kept {
+            return;
+        }
+    }
+}
+
+/// The last answer as it was sent: within a second nearly all are alike.
+#[derive(Default)]
+struct Rendered {
+    of: Option<(Answer, bool, bool, u64)>,
+    bytes: Vec<u8>,
+}
+
+impl Rendered {
+    fn bytes(&mut self, answer: Answer, is_kept: bool, is_head: bool) -> &[u8] {
+        let now = SystemTime::now();
+        let since = now.duration_since(SystemTime::UNIX_EPOCH);
+        let of = Some((
+            answer,
+            is_kept,
             is_head,
-            SystemTime::now(),
-        );
-        if connection.wire.write(&bytes).is_err() {
-            return;
+            since.unwrap_or_default().as_secs(),
+        ));
+        if self.of != of
+            && let Some((answer, ..)) = &of
+        {
+            let connection = if is_kept { None } else { Some("close") };
+            self.bytes = answer.to_bytes(connection, is_head, now);
+            self.of = of;
         }
-        if !keep_alive {
-            if !is_served {
-                connection.wire.linger();
-            }
-            return;
-        }
+        &self.bytes
     }
 }
 
