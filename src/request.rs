@@ -3,11 +3,13 @@
 //! A value without I/O. Intake builds it, the store keeps it, upstream sends it; none of them
 //! knows another. What cannot be sent on is refused here, before anything is acknowledged.
 
+use std::cell::RefCell;
 use std::fmt;
+use std::hash::{BuildHasher, RandomState};
 use std::time::SystemTime;
 
+use http::Method;
 use http::uri::PathAndQuery;
-use http::{HeaderName, HeaderValue, Method};
 use uuid::Uuid;
 
 /// Constant over all attempts, so that the destination can recognise a redelivery.
@@ -109,7 +111,7 @@ impl Request {
         let target = origin_form(target)?;
         check_target(target)?;
         Ok(Request {
-            id: Uuid::now_v7(),
+            id: new_id(received_at),
             received_at,
             method: method.to_owned(),
             target: target.to_owned(),
@@ -131,6 +133,24 @@ impl Request {
         check_method(&self.method)?;
         check_target(&self.target)
     }
+}
+
+thread_local! {
+    /// Seeded from the system's randomness, so that no two threads of any instances agree.
+    static RANDOM: RefCell<fastrand::Rng> =
+        RefCell::new(fastrand::Rng::with_seed(RandomState::new().hash_one(0)));
+}
+
+/// A UUIDv7. Its random part need only be unique, not secret: asking the system for it would
+/// cost a call for each request.
+fn new_id(received_at: SystemTime) -> Uuid {
+    let since = received_at
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    let milliseconds = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+    let mut random = [0; 10];
+    RANDOM.with_borrow_mut(|rng| rng.fill(&mut random));
+    uuid::Builder::from_unix_timestamp_millis(milliseconds, &random).into_uuid()
 }
 
 /// The part of a target before its query.
@@ -236,12 +256,10 @@ impl Headers {
     /// [`Invalid::Header`] if the name is not a token, or the value has a control character
     /// other than a tab (RFC 9110 §5.5), or is one that the client library refuses.
     pub fn push(&mut self, name: &str, value: &[u8]) -> Result<(), Invalid> {
-        if HeaderName::from_bytes(name.as_bytes()).is_err() {
-            return Err(Invalid::Header);
-        }
-        let parsed = HeaderValue::from_bytes(value).map_err(|_| Invalid::Header)?;
+        let is_field = is_token(name.as_bytes()) && value.iter().copied().all(is_value_byte);
         // ureq reads this one field as text and refuses it otherwise.
-        if name.eq_ignore_ascii_case("authorization") && parsed.to_str().is_err() {
+        let is_refused = name.eq_ignore_ascii_case("authorization") && !value.iter().all(is_text);
+        if !is_field || is_refused {
             return Err(Invalid::Header);
         }
         self.0.extend_from_slice(name.as_bytes());
@@ -285,6 +303,22 @@ impl Headers {
             Some((std::str::from_utf8(name).ok()?, value))
         })
     }
+}
+
+/// RFC 9110 §5.6.2, and no longer than the client library can hold.
+fn is_token(name: &[u8]) -> bool {
+    let is_token_byte =
+        |byte: &u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte);
+    !name.is_empty() && name.len() < usize::from(u16::MAX) && name.iter().all(is_token_byte)
+}
+
+/// RFC 9110 §5.5, `obs-text` included.
+fn is_value_byte(byte: u8) -> bool {
+    byte == b'\t' || (byte >= b' ' && byte != 0x7f)
+}
+
+fn is_text(byte: &u8) -> bool {
+    matches!(byte, b'\t' | b' '..=b'~')
 }
 
 fn split_at<'a>(bytes: &'a [u8], separator: &[u8; 2]) -> Option<(&'a [u8], &'a [u8])> {
@@ -450,6 +484,27 @@ mod tests {
         for method in ["CONNECT", "", "GE T", "G\u{e9}T"] {
             assert_eq!(check_method(method), Err(Invalid::Method), "{method}");
         }
+    }
+
+    #[test]
+    fn fields_are_those_that_the_client_library_takes() {
+        use http::{HeaderName, HeaderValue};
+        for byte in 0..=255 {
+            let bytes = [b'a', byte, b'b'];
+            assert_eq!(
+                is_token(&bytes),
+                HeaderName::from_bytes(&bytes).is_ok(),
+                "{byte}"
+            );
+            let value = HeaderValue::from_bytes(&bytes);
+            assert_eq!(is_value_byte(byte), value.is_ok(), "{byte}");
+            assert_eq!(
+                is_text(&byte),
+                value.is_ok_and(|value| value.to_str().is_ok()),
+                "{byte}"
+            );
+        }
+        assert!(!is_token(b""));
     }
 
     #[test]

@@ -75,11 +75,6 @@ impl Answer {
         }
     }
 
-    /// Whether the request was served: the connection is in order, whatever its answer.
-    pub fn is_served(&self) -> bool {
-        matches!(self, Answer::Accepted(_) | Answer::Page(..))
-    }
-
     /// The answer as it stands on the wire, in one piece. Errors say why in a line of text.
     pub fn to_bytes(&self, connection: Option<&str>, is_head: bool, now: SystemTime) -> Vec<u8> {
         use std::fmt::Write;

@@ -350,7 +350,7 @@ fn descriptors_run_out_and_come_back() {
     let line = proxy.wait_for_log("no connection can be accepted at the moment");
     assert!(line.contains("level=error"), "{line}");
     assert!(line.contains("open files"), "{line}");
-    assert_eq!(proxy.usage().descriptors, LIMIT);
+    assert!(proxy.usage().descriptors > LIMIT - 8);
     drop(crowd);
     proxy.accept(1..10);
     destination.wait_for_numbers(10, PATIENCE);

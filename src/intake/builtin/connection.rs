@@ -40,55 +40,73 @@ pub(super) fn serve(
         input: Input::default(),
         head: Vec::new(),
     };
+    let mut rendered = Rendered::default();
     loop {
-        let Served {
-            answer,
-            is_head,
-            is_11,
-            keep_alive,
-        } = match connection.next() {
-            Ok(served) => served,
+        let (answer, mut form, is_refusal) = match connection.next() {
+            Ok((answer, form)) => (answer, form, false),
             Err(Fault::Gone) => return,
-            Err(Fault::Refused(answer)) => Served::refused(service.refuse(answer)),
+            // Nobody knows how much of the request is still to come.
+            Err(Fault::Refused(answer)) => (service.refuse(answer), Form::LAST, true),
         };
-        let is_served = answer.is_served();
-        let keep_alive = keep_alive && is_served && !service.is_draining();
-        let connection_field = match (keep_alive, is_11) {
-            (false, _) => Some("close"),
-            // Not what HTTP/1.0 does by itself, so its senders look for it.
-            (true, false) => Some("keep-alive"),
-            (true, true) => None,
-        };
-        let bytes = answer.to_bytes(connection_field, is_head, SystemTime::now());
-        if connection.wire.write(&bytes).is_err() {
+        form.is_kept &= !service.is_draining();
+        let bytes = rendered.bytes(answer, form);
+        if connection.wire.write(bytes).is_err() {
             return;
         }
-        if !keep_alive {
-            if !is_served {
-                connection.wire.linger();
-            }
+        if is_refusal {
+            connection.wire.linger();
+        }
+        if !form.is_kept {
             return;
         }
     }
 }
 
-/// An answer, and what its form depends on.
-struct Served {
-    answer: Answer,
+/// What the form of an answer depends on, besides the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Form {
     is_head: bool,
     is_11: bool,
-    /// Whether the request allows the connection to be kept.
-    keep_alive: bool,
+    is_kept: bool,
 }
 
-impl Served {
-    fn refused(answer: Answer) -> Served {
-        Served {
-            answer,
-            is_head: false,
-            is_11: true,
-            keep_alive: false,
+impl Form {
+    /// For a request that was not understood.
+    const LAST: Form = Form {
+        is_head: false,
+        is_11: true,
+        is_kept: false,
+    };
+
+    fn connection(self) -> Option<&'static str> {
+        match (self.is_kept, self.is_11) {
+            (false, _) => Some("close"),
+            // Not what HTTP/1.0 does by itself, so its senders look for it.
+            (true, false) => Some("keep-alive"),
+            (true, true) => None,
         }
+    }
+}
+
+/// The last answer as it was sent: within a second nearly all are alike.
+#[derive(Default)]
+struct Rendered {
+    of: Option<(Answer, Form, u64)>,
+    bytes: Vec<u8>,
+}
+
+impl Rendered {
+    fn bytes(&mut self, answer: Answer, form: Form) -> &[u8] {
+        let now = SystemTime::now();
+        let since = now.duration_since(SystemTime::UNIX_EPOCH);
+        let of = Some((answer, form, since.unwrap_or_default().as_secs()));
+        if self.of != of
+            && let Some((answer, ..)) = &of
+        {
+            self.bytes = answer.to_bytes(form.connection(), form.is_head, now);
+            self.of = of;
+        }
+        &self.bytes
     }
 }
 
@@ -102,7 +120,7 @@ struct Connection<'a, S> {
 
 impl<S: Service> Connection<'_, S> {
     /// Reads the next request and has it answered.
-    fn next(&mut self) -> Result<Served, Fault> {
+    fn next(&mut self) -> Result<(Answer, Form), Fault> {
         self.wire.deadline = None;
         self.wire.seat.idle();
         if self.service.is_draining() {
@@ -135,12 +153,12 @@ impl<S: Service> Connection<'_, S> {
             permit,
             started,
         });
-        Ok(Served {
-            answer,
+        let form = Form {
             is_head: head.method == "HEAD",
             is_11: head.is_11,
-            keep_alive: head.keep_alive,
-        })
+            is_kept: head.keep_alive,
+        };
+        Ok((answer, form))
     }
 }
 
