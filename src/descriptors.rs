@@ -2,18 +2,18 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::config::Config;
+use crate::config::{Acceptor, Config};
 use crate::intake::tiny_http;
 
-/// Descriptors besides those of senders and destinations: listeners, database files, log.
+/// Descriptors besides those of senders, destinations and Postgres: listeners, the control
+/// port's connections, SQLite's files, log.
 const OTHERS: u64 = 64;
-/// Senders' connections to allow for; tiny_http uses two descriptors for each.
-const SENDERS: u64 = 1024;
+/// tiny_http has no limit of connections; so many are allowed for.
+const TINY_HTTP_SENDERS: u64 = 1024;
 
 /// Raises the soft limit, and the log names the settings to lower if the hard limit is in the way.
 pub fn raise_limit(config: &Config) {
-    let destinations = (config.proxy.num_clients + config.queue.workers) as u64;
-    let needed = destinations + SENDERS * tiny_http::DESCRIPTORS_PER_CONNECTION + OTHERS;
+    let needed = needed(config);
     let limit = getrlimit(Resource::Nofile);
     // `None` stands for no limit.
     let Some(soft) = limit.current.filter(|soft| *soft < needed) else {
@@ -27,6 +27,15 @@ pub fn raise_limit(config: &Config) {
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
         log::warn!(soft, needed, error:%; "cannot raise the limit of open files");
     } else if hard < needed {
-        log::warn!(limit = hard, needed; "the limit of open files (ulimit -Hn) is low: raise it, or lower proxy.num_clients and queue.workers");
+        log::warn!(limit = hard, needed; "the limit of open files (ulimit -Hn) is low: raise it, or lower server.max_connections, proxy.num_clients and queue.workers");
     }
+}
+
+fn needed(config: &Config) -> u64 {
+    let senders = match config.server.acceptor {
+        Acceptor::Builtin => config.server.max_connections as u64,
+        Acceptor::TinyHttp => TINY_HTTP_SENDERS * tiny_http::DESCRIPTORS_PER_CONNECTION,
+    };
+    let destinations = (config.proxy.num_clients + config.queue.workers) as u64;
+    senders + destinations + u64::from(config.db.max_connections) + OTHERS
 }
