@@ -85,7 +85,8 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     descriptors::raise_limit(config);
     let running = Running::start(config, signals, listener, control_listener)?;
     let ended = running.wait();
-    let lost = running.drain(config.server.shutdown_timeout);
+    let is_handed_over = matches!(config.server.bind, Bind::Systemd(_));
+    let lost = running.drain(config.server.shutdown_timeout, is_handed_over);
     match (ended, lost) {
         (_, 1..) => Err(RunError::Lost(lost)),
         (Some(thread), 0) => Err(RunError::Thread(thread)),
@@ -138,9 +139,12 @@ enum Accepting {
 }
 
 impl Accepting {
-    fn stop(&self) {
+    /// A socket of systemd's outlives the program, which must not end its listening.
+    fn stop(&self, is_handed_over: bool) {
         match self {
+            Accepting::Builtin(acceptor) if is_handed_over => acceptor.leave(),
             Accepting::Builtin(acceptor) => acceptor.close(),
+            // Never gets one of these.
             Accepting::TinyHttp(acceptor) => acceptor.stop_accepting(),
         }
     }
@@ -256,10 +260,10 @@ impl Running {
 
     /// Stops in order: no new connections, no new claims, workers through, the rest stored.
     /// Returns how many acknowledged requests are lost.
-    fn drain(self, timeout: Duration) -> u64 {
+    fn drain(self, timeout: Duration, is_handed_over: bool) -> u64 {
         let deadline = Instant::now() + timeout;
         self.intake.draining.store(true, Ordering::SeqCst);
-        self.accepting.stop();
+        self.accepting.stop(is_handed_over);
         drop(self.claiming);
         self.threads.wait_for("poller", deadline);
         self.drain.release_unstarted();

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use socket2::{SockAddr, Socket};
+use socket2::{SockAddr, Socket, Type};
 
 use super::Answer;
 use crate::budget::Permit;
@@ -157,6 +157,30 @@ impl<S: Service> Acceptor<S> {
         if let Err(error) = self.listener.shutdown(std::net::Shutdown::Both) {
             log::warn!(error:%; "cannot stop listening");
         }
+        self.end_idle();
+    }
+
+    /// As [`Acceptor::close`], but for a listening socket that is others', too: new connections
+    /// wait for whoever comes next.
+    pub fn leave(&self) {
+        self.is_closed.store(true, Ordering::SeqCst);
+        // Each ends one `accept`. One that goes to the next program is over before it begins.
+        for _ in 0..self.spare.load(Ordering::SeqCst) {
+            if let Err(error) = self.connect() {
+                log::warn!(error:%; "cannot stop accepting");
+                break;
+            }
+        }
+        self.end_idle();
+    }
+
+    fn connect(&self) -> io::Result<()> {
+        let address = self.listener.local_addr()?;
+        let socket = Socket::new(address.domain(), Type::STREAM, None)?;
+        socket.connect_timeout(&address, ACCEPT_PAUSE)
+    }
+
+    fn end_idle(&self) {
         let _ = self.full.0.try_send(());
         for seat in self.seats().iter() {
             let seen = seat.state();
