@@ -82,8 +82,9 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     let signals = Signals::new([SIGTERM, SIGINT]).map_err(start("signal handling"))?;
     let listener = listen("server.bind", &config.server.bind)?;
     let control_listener = listen("metrics.bind", &config.metrics.bind)?;
-    descriptors::raise_limit(config);
-    let running = Running::start(config, signals, listener, control_listener)?;
+    let max_connections = descriptors::raise_limit(config);
+    let listeners = (listener, control_listener);
+    let running = Running::start(config, signals, listeners, max_connections)?;
     let ended = running.wait();
     let is_handed_over = matches!(config.server.bind, Bind::Systemd(_));
     let lost = running.drain(config.server.shutdown_timeout, is_handed_over);
@@ -175,8 +176,8 @@ impl Running {
     fn start(
         config: &Config,
         signals: Signals,
-        listener: Socket,
-        control_listener: Socket,
+        (listener, control_listener): (Socket, Socket),
+        max_connections: usize,
     ) -> Result<Running, RunError> {
         let threads = Threads::default();
         let metrics = Metrics::new(config.metrics.max_paths)
@@ -219,7 +220,7 @@ impl Running {
         };
         spawn(&threads, "poller", move || poller.run())?;
         let intake = Arc::new(new_intake(config, &stage, direct_sender, appender.clone()));
-        let accepting = start_intake(&threads, config, listener, &intake)?;
+        let accepting = start_intake(&threads, config, listener, max_connections, &intake)?;
         start_control(&threads, config, &stage, &intake, control_listener)?;
         let drain = Drain {
             store: stage.store,
@@ -403,6 +404,7 @@ fn start_intake(
     threads: &Threads,
     config: &Config,
     listener: Socket,
+    max_connections: usize,
     intake: &Arc<Intake>,
 ) -> Result<Accepting, RunError> {
     let address = shown_address(&listener).map_err(start("intake"))?;
@@ -418,7 +420,7 @@ fn start_intake(
                 listener,
                 Arc::clone(intake),
                 times,
-                server.max_connections,
+                max_connections,
                 threads,
             )
             .map_err(start("intake"))?;

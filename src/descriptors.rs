@@ -11,24 +11,34 @@ const OTHERS: u64 = 64;
 /// tiny_http has no limit of connections; so many are allowed for.
 const TINY_HTTP_SENDERS: u64 = 1024;
 
-/// Raises the soft limit, and the log names the settings to lower if the hard limit is in the way.
-pub fn raise_limit(config: &Config) {
+/// Raises the soft limit as far as needed, and returns how many connections of senders fit. The
+/// log names the settings to lower if the hard limit is in the way.
+pub fn raise_limit(config: &Config) -> usize {
+    let max_connections = config.server.max_connections;
     let needed = needed(config);
     let limit = getrlimit(Resource::Nofile);
     // `None` stands for no limit.
     let Some(soft) = limit.current.filter(|soft| *soft < needed) else {
-        return;
+        return max_connections;
     };
-    let hard = limit.maximum.unwrap_or(u64::MAX);
     let raised = Rlimit {
-        current: Some(needed.min(hard)),
+        current: Some(needed.min(limit.maximum.unwrap_or(u64::MAX))),
         maximum: limit.maximum,
     };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
         log::warn!(soft, needed, error:%; "cannot raise the limit of open files");
-    } else if hard < needed {
-        log::warn!(limit = hard, needed; "the limit of open files (ulimit -Hn) is low: raise it, or lower server.max_connections, proxy.num_clients and queue.workers");
     }
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    if limit >= needed {
+        return max_connections;
+    }
+    // Senders must not take what the store and the destinations need, as long as anything is left.
+    let fitting =
+        max_connections.saturating_sub(usize::try_from(needed - limit).unwrap_or(usize::MAX));
+    let share = usize::try_from(limit / 4).unwrap_or(usize::MAX);
+    let connections = fitting.max(share).clamp(1, max_connections);
+    log::warn!(limit, needed, connections; "the limit of open files (ulimit -Hn) is low: raise it, or lower server.max_connections, proxy.num_clients and queue.workers");
+    connections
 }
 
 fn needed(config: &Config) -> u64 {

@@ -29,7 +29,8 @@ use crate::thread::Threads;
 pub use head::{Framing, Head};
 use seat::{Seat, State};
 
-/// Free threads: fewer, and another is started; more, and one that becomes free ends.
+/// Free threads: fewer, and another is started; more, and one that becomes free ends. At most a
+/// quarter of all, since each that waits in `accept` has its descriptor set aside already.
 const SPARE_MIN: usize = 2;
 const SPARE_MAX: usize = 64;
 /// Pause after an error of `accept`: none of them is cured by asking again at once.
@@ -226,7 +227,8 @@ impl<S: Service> Acceptor<S> {
     fn run(self: &Arc<Self>) {
         let seat = Arc::new(Seat::new(self.epoch));
         self.seats().push(Arc::clone(&seat));
-        while !self.is_closed() && self.spare.load(Ordering::Relaxed) <= SPARE_MAX {
+        let spare_max = (self.max_connections / 4).clamp(SPARE_MIN, SPARE_MAX);
+        while !self.is_closed() && self.spare.load(Ordering::Relaxed) <= spare_max {
             match self.listener.accept() {
                 Ok((socket, address)) => self.occupy(&seat, socket, &address),
                 Err(error) => self.pause_after(&error),
