@@ -35,8 +35,9 @@ const SPARE_MIN: usize = 2;
 const SPARE_MAX: usize = 64;
 /// Pause after an error of `accept`: none of them is cured by asking again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// A request that has been coming in for so long is ended when others wait for its thread.
-const READING_MS_MAX: u64 = 1000;
+/// A request that has been coming in, or an answer that has been going out, for so long is ended
+/// when others wait for its thread.
+const HELD_MS_MAX: u64 = 1000;
 /// Time for a thread whose connection was ended to take a waiting one.
 const STEWARD_PAUSE: Duration = Duration::from_millis(2);
 const STEWARD_LOOK: Duration = Duration::from_secs(1);
@@ -186,7 +187,7 @@ impl<S: Service> Acceptor<S> {
         for seat in self.seats().iter() {
             let seen = seat.state();
             if seen.0 == State::Idle {
-                seat.stop_reading(seen);
+                seat.stop(seen);
             }
         }
     }
@@ -279,7 +280,7 @@ impl<S: Service> Acceptor<S> {
     }
 
     /// The steward: while connections wait and no thread is free, ends the one that is idle
-    /// longest, or else a request that has been coming in for long.
+    /// longest, or else one whose sender has taken long to send its request or to take its answer.
     fn keep_room(&self) {
         while self.full.1.recv().is_ok() && !self.is_closed() {
             while self.spare.load(Ordering::SeqCst) == 0 && !self.is_closed() {
@@ -306,12 +307,12 @@ impl<S: Service> Acceptor<S> {
             .map(|seat| (seat.state(), seat))
             .filter(|((state, since), _)| match state {
                 State::Idle => true,
-                State::Reading => now.saturating_sub(*since) >= READING_MS_MAX,
+                State::Reading | State::Writing => now.saturating_sub(*since) >= HELD_MS_MAX,
                 State::Busy => false,
             })
             .min_by_key(|(state, _)| *state);
         if let Some((seen, seat)) = longest {
-            seat.stop_reading(seen);
+            seat.stop(seen);
         }
     }
 }

@@ -50,6 +50,7 @@ pub(super) fn serve(
         };
         form.is_kept &= !service.is_draining();
         let bytes = rendered.bytes(answer, form);
+        connection.wire.seat.writing();
         if connection.wire.write(bytes).is_err() {
             return;
         }
@@ -145,7 +146,7 @@ impl<S: Service> Connection<'_, S> {
         let body = self
             .input
             .read_body(&mut self.wire, head.framing, bytes_max, &mut permit)?;
-        self.wire.seat.answering();
+        self.wire.seat.serving();
         let answer = self.service.serve(Received {
             head: &head,
             peer: self.peer,

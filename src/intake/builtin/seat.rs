@@ -24,7 +24,9 @@ pub(super) enum State {
     Idle,
     /// A request has begun to come in.
     Reading,
-    /// A request is being answered, or there is no connection.
+    /// An answer is being sent.
+    Writing,
+    /// A request is being served, or there is no connection.
     Busy,
 }
 
@@ -59,8 +61,12 @@ impl Seat {
         self.enter(State::Reading);
     }
 
-    pub(super) fn answering(&self) {
+    pub(super) fn serving(&self) {
         self.enter(State::Busy);
+    }
+
+    pub(super) fn writing(&self) {
+        self.enter(State::Writing);
     }
 
     fn enter(&self, state: State) {
@@ -76,21 +82,26 @@ impl Seat {
         let state = match value % STATES {
             0 => State::Idle,
             1 => State::Reading,
+            2 => State::Writing,
             _ => State::Busy,
         };
         (state, value / STATES)
     }
 
-    /// Lets the connection receive no more, if it is still at what it was at: what has arrived
-    /// already is answered.
-    pub(super) fn stop_reading(&self, seen: (State, u64)) {
+    /// Ends what the connection is at, if it is still at it: it receives no more, but what has
+    /// arrived already is answered; or it sends no more.
+    pub(super) fn stop(&self, seen: (State, u64)) {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         // A thread that has gone on to another connection since had to come through this lock.
         if let Some(socket) = &*socket
             && self.state() == seen
         {
+            let how = match seen.0 {
+                State::Writing => Shutdown::Both,
+                State::Idle | State::Reading | State::Busy => Shutdown::Read,
+            };
             // Fails only if the sender was faster.
-            let _ = socket.shutdown(Shutdown::Read);
+            let _ = socket.shutdown(how);
         }
     }
 }
