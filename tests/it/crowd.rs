@@ -1,119 +1,17 @@
 //! A well-behaved sender among many that are not, with the builtin acceptor.
 
-use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::io::Write;
+use std::net::TcpStream;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
+use crate::support::crowd::{Crowd, Manner};
 use crate::support::destination::Destination;
 use crate::support::http::{self, Connection};
-use crate::support::process::Process;
 use crate::support::proxy::{PATIENCE, Proxy, Setup, wait_until};
 use crate::support::usage::raise_own_descriptor_limit;
-
-/// Of the tests' own, for the largest crowd and what runs beside it.
-const DESCRIPTORS: u64 = 8192;
-
-/// What a hostile sender begins with, and then sends forever, a byte at a time.
-#[derive(Debug, Clone, Copy)]
-enum Manner {
-    Head,
-    Body,
-    Idle,
-}
-
-impl Manner {
-    fn start(self) -> &'static [u8] {
-        match self {
-            Manner::Head => b"POST /hostile HTTP/1.1\r\nHost: h\r\nX: ",
-            Manner::Body => b"POST /hostile HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000\r\n\r\n",
-            Manner::Idle => b"",
-        }
-    }
-}
-
-/// Hostile senders, all of one thread. Who is closed comes again.
-struct Crowd {
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
-}
-
-#[derive(Default)]
-struct Shared {
-    stop: AtomicBool,
-    /// How often all of them have sent.
-    rounds: AtomicUsize,
-    /// How often one was closed.
-    closed: AtomicUsize,
-}
-
-impl Crowd {
-    /// Returns when all are connected and have begun.
-    fn gather(to: SocketAddr, manners: &[(Manner, usize)]) -> Crowd {
-        let shared: Arc<Shared> = Arc::default();
-        let mut senders: Vec<_> = manners
-            .iter()
-            .flat_map(|(manner, count)| vec![*manner; *count])
-            .map(|manner| (manner, begin(to, manner)))
-            .collect();
-        let thread = thread::spawn({
-            let shared = Arc::clone(&shared);
-            move || {
-                while !shared.stop.load(Ordering::Relaxed) {
-                    for (manner, stream) in &mut senders {
-                        if is_over(stream, *manner) {
-                            shared.closed.fetch_add(1, Ordering::Relaxed);
-                            *stream = begin(to, *manner);
-                        }
-                    }
-                    shared.rounds.fetch_add(1, Ordering::Relaxed);
-                    thread::sleep(Duration::from_millis(20));
-                }
-            }
-        });
-        Crowd {
-            shared,
-            thread: Some(thread),
-        }
-    }
-
-    fn rounds(&self) -> usize {
-        self.shared.rounds.load(Ordering::Relaxed)
-    }
-
-    fn closed(&self) -> usize {
-        self.shared.closed.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for Crowd {
-    fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        let ended = self.thread.take().expect("thread").join();
-        assert!(ended.is_ok() || thread::panicking(), "the crowd failed");
-    }
-}
-
-fn begin(to: SocketAddr, manner: Manner) -> TcpStream {
-    let mut stream = TcpStream::connect(to).expect("connect");
-    stream.set_nonblocking(true).expect("O_NONBLOCK");
-    // Whatever became of it shows later.
-    let _ = stream.write(manner.start());
-    stream
-}
-
-/// Sends one more byte; whether the other side has closed.
-fn is_over(stream: &mut TcpStream, manner: Manner) -> bool {
-    let waits = |error: &std::io::Error| error.kind() == ErrorKind::WouldBlock;
-    if !matches!(manner, Manner::Idle) && stream.write(b"a").is_err_and(|error| !waits(&error)) {
-        return true;
-    }
-    !matches!(stream.read(&mut [0; 1024]), Err(error) if waits(&error))
-}
 
 /// Sends requests one after the other, half of them on connections of their own. All must be
 /// accepted. Returns the 99th percentile of the times they took.
@@ -143,7 +41,7 @@ fn a_sender_beside_900_hostile_ones_is_served_as_ever() {
     /// Stacks, buffers and counters of 900 connections. Without the limits of a debug build,
     /// about half of it would do.
     const GROWTH_BYTES_MAX: usize = 48 << 20;
-    raise_own_descriptor_limit(DESCRIPTORS);
+    raise_own_descriptor_limit();
     let destination = Destination::start();
     // So short that each of the trickling ones is closed several times.
     let setup = Setup::new(&destination.url()).set("server.read_timeout", "1s");
@@ -258,6 +156,48 @@ fn requests_that_trickle_in_give_way() {
 }
 
 #[test]
+fn senders_that_do_not_read_their_answers_give_way() {
+    let destination = Destination::start();
+    // Fewer than elsewhere: each of them has to fill its buffers.
+    let setup = eight(&destination).set("server.max_connections", 2);
+    let proxy = setup.start();
+    let deaf: Vec<_> = (0..2)
+        .map(|_| {
+            let mut stream = http::narrow(proxy.intake);
+            thread::spawn(move || {
+                let requests = b"GET /deaf HTTP/1.1\r\nHost: h\r\n\r\n".repeat(100);
+                // Far more answers than any buffers hold.
+                (0..10_000).find_map(|_| stream.write_all(&requests).err())
+            })
+        })
+        .collect();
+    // Until nothing moves any more: no answer fits into any buffer.
+    let mut accepted = 0.0;
+    wait_until("all buffers to be full", || {
+        thread::sleep(Duration::from_millis(500));
+        let before = std::mem::replace(&mut accepted, proxy.metrics().accepted());
+        accepted > 0.0 && accepted == before
+    });
+    // More than one at a time: the first does not make room for the second.
+    for round in 0..3 {
+        let mut senders: Vec<_> = (0..3).map(|_| Connection::open(proxy.intake)).collect();
+        senders
+            .iter_mut()
+            .for_each(|sender| sender.send(&http::numbered(round)));
+        for sender in &mut senders {
+            assert_eq!(sender.response().expect("an answer").status, 200);
+        }
+    }
+    drop(proxy);
+    let ended = deaf.into_iter().map(JoinHandle::join);
+    assert!(
+        ended
+            .into_iter()
+            .all(|error| error.is_ok_and(|error| error.is_some()))
+    );
+}
+
+#[test]
 fn requests_that_are_being_answered_do_not_give_way() {
     let destination = Destination::start();
     let setup = eight(&destination)
@@ -324,86 +264,4 @@ fn connections_opened_and_reset_leave_nothing_behind() {
         proxy.usage().descriptors <= before.descriptors + 8
     });
     assert_eq!(proxy.metrics().accepted(), 200.0);
-}
-
-/// Starts the program with a hard limit of open files.
-fn start_limited(setup: &Setup, descriptors: usize) -> Proxy {
-    let script = format!("ulimit -n {descriptors} && exec \"$0\"");
-    Proxy::of(Process::spawn(&mut setup.shell(&script)))
-}
-
-#[test]
-fn descriptors_run_out_and_come_back() {
-    const LIMIT: usize = 64;
-    let destination = Destination::start();
-    let setup = Setup::new(&destination.url())
-        .set("proxy.num_clients", 2)
-        .set("queue.workers", 2)
-        .set("server.idle_timeout", "10m");
-    let mut proxy = start_limited(&setup, LIMIT);
-    proxy.accept(0..1);
-    destination.wait_for_numbers(1, PATIENCE);
-    let before = proxy.usage();
-    let crowd: Vec<_> = (0..2 * LIMIT)
-        .map(|_| TcpStream::connect(proxy.intake).expect("connect"))
-        .collect();
-    let line = proxy.wait_for_log("no connection can be accepted at the moment");
-    assert!(line.contains("level=error"), "{line}");
-    assert!(line.contains("open files"), "{line}");
-    assert!(proxy.usage().descriptors > LIMIT - 8);
-    drop(crowd);
-    proxy.accept(1..10);
-    destination.wait_for_numbers(10, PATIENCE);
-    wait_until("descriptors as before", || {
-        proxy.usage().descriptors <= before.descriptors + 4
-    });
-    proxy.sigterm();
-    assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.log());
-    // However many threads fail however often: at most one line in ten seconds.
-    let log = proxy.log();
-    let lines = log
-        .lines()
-        .filter(|line| line.contains("accepted at the moment"));
-    assert!(lines.count() <= 3, "{log}");
-}
-
-#[test]
-fn a_limit_of_open_files_that_is_too_low_is_said_at_the_start() {
-    let setup = Setup::new("http://127.0.0.1:1");
-    let proxy = start_limited(&setup, 256);
-    let line = proxy.wait_for_log("the limit of open files");
-    assert!(line.contains("level=warn"), "{line}");
-    for part in [
-        "limit=256",
-        "server.max_connections",
-        "proxy.num_clients",
-        "queue.workers",
-    ] {
-        assert!(line.contains(part), "{part} in {line}");
-    }
-    // With what fits there is nothing to say.
-    let setup = setup.set("server.max_connections", 16);
-    let mut proxy = start_limited(&setup, 256);
-    proxy.sigterm();
-    assert_eq!(proxy.wait().code(), Some(0));
-    assert!(
-        !proxy.log().contains("limit of open files"),
-        "{}",
-        proxy.log()
-    );
-}
-
-/// What it is given it takes: no soft limit is in the way of the default settings.
-#[test]
-fn the_soft_limit_of_open_files_is_raised_to_what_the_settings_need() {
-    raise_own_descriptor_limit(DESCRIPTORS);
-    let destination = Destination::start();
-    let setup = Setup::new(&destination.url());
-    let script = "ulimit -Sn 64 && exec \"$0\"";
-    let proxy = Proxy::of(Process::spawn(&mut setup.shell(script)));
-    let crowd = Crowd::gather(proxy.intake, &[(Manner::Idle, 900)]);
-    wait_until("900 connections", || proxy.usage().descriptors > 900);
-    proxy.accept(0..10);
-    assert_eq!(crowd.closed(), 0);
-    assert!(!proxy.log().contains("no connection can be accepted"));
 }

@@ -5,11 +5,9 @@ use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Socket, Type};
-
 use crate::support::destination::Destination;
 use crate::support::http::{self, Connection};
-use crate::support::proxy::{PATIENCE, Proxy, Setup, wait_until};
+use crate::support::proxy::{PATIENCE, Setup, wait_until};
 
 /// Set where a test waits for it to pass. Short, and still long for a request sent at once.
 const TIME: Duration = Duration::from_millis(700);
@@ -178,15 +176,6 @@ fn an_idle_connection_is_closed_without_an_answer() {
     assert_eq!(proxy.metrics().refused("timeout"), 0.0);
 }
 
-/// A connection that can take in very little at a time.
-fn narrow(proxy: &Proxy) -> TcpStream {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket");
-    socket.set_recv_buffer_size(4096).expect("SO_RCVBUF");
-    socket.connect(&proxy.intake.into()).expect("connect");
-    socket.set_write_timeout(Some(PATIENCE)).expect("timeout");
-    socket.into()
-}
-
 #[test]
 fn a_sender_that_does_not_read_its_answers_is_dropped() {
     let destination = Destination::start();
@@ -197,7 +186,7 @@ fn a_sender_that_does_not_read_its_answers_is_dropped() {
     // As many as there may be, so that others depend on their end.
     let deaf: Vec<_> = (0..2)
         .map(|_| {
-            let mut stream = narrow(&proxy);
+            let mut stream = http::narrow(proxy.intake);
             thread::spawn(move || {
                 let requests = GOOD.repeat(100);
                 // Far more answers than any buffers hold.

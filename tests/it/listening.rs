@@ -145,6 +145,66 @@ fn sockets_are_taken_over_from_systemd() {
     destination.wait_for_numbers(2, PATIENCE);
 }
 
+#[test]
+fn a_socket_from_systemd_outlives_the_program() {
+    let destination = Destination::answering(|_| Answer::hang());
+    let (first, second) = (listener(), listener());
+    let setup = Setup::new(&destination.url())
+        .set("server.bind", "systemd")
+        .set("server.shutdown_timeout", LONG);
+    let mut proxy = hand_over(&setup, "a:b", &first, &second);
+    proxy.accept(0..1);
+    destination.wait_for(1, PATIENCE);
+    proxy.sigterm();
+    wait_until("the end of accepting", || {
+        http::get(proxy.control, "/readyz").status == 503
+    });
+    // The program goes on: what it has in flight hangs.
+    proxy.sigterm();
+    assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.log());
+    // Comes between two programs, and is served by the next.
+    let mut early = Connection::open(proxy.intake);
+    early.send(&http::numbered(1));
+    destination.answer(|_| Answer::ok());
+    let proxy = hand_over(&setup, "a:b", &first, &second);
+    assert_eq!(early.response().expect("an answer").status, 200);
+    proxy.accept(2..3);
+    proxy.stop();
+}
+
+/// Who comes while the program ends is not turned away, but waits for the next.
+#[test]
+fn connections_wait_for_the_next_program_on_a_socket_from_systemd() {
+    let destination = Destination::answering(|_| Answer::hang());
+    let (first, second) = (listener(), listener());
+    let setup = Setup::new(&destination.url())
+        .set("server.bind", "systemd")
+        .set("server.shutdown_timeout", LONG);
+    let mut proxy = hand_over(&setup, "a:b", &first, &second);
+    proxy.accept(0..1);
+    destination.wait_for(1, PATIENCE);
+    let mut idle = Connection::open(proxy.intake);
+    assert_eq!(idle.exchange(&http::numbered(1)).status, 200);
+    proxy.sigterm();
+    // Idle ones are closed last of all.
+    assert_eq!(idle.rest().expect("the end"), b"");
+    let mut waiting: Vec<_> = (2..10)
+        .map(|number| {
+            let mut connection = Connection::open(proxy.intake);
+            connection.send(&http::numbered(number));
+            connection
+        })
+        .collect();
+    proxy.sigterm();
+    assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.log());
+    destination.answer(|_| Answer::ok());
+    let _next = hand_over(&setup, "a:b", &first, &second);
+    for connection in &mut waiting {
+        assert_eq!(connection.response().expect("an answer").status, 200);
+    }
+    destination.wait_for_numbers(10, PATIENCE);
+}
+
 /// Else each spare thread asks again and again for a connection, and never sleeps.
 #[test]
 fn a_nonblocking_socket_from_systemd_is_waited_on() {

@@ -19,6 +19,7 @@ mod cli;
 mod contract;
 mod crowd;
 mod delivery;
+mod descriptors;
 mod docs;
 mod fidelity;
 mod framing;

@@ -8,6 +8,8 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
+use socket2::{Domain, Socket, Type};
+
 /// How long any one answer may take before a test fails.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -217,6 +219,15 @@ impl<S: Read + Write> Connection<S> {
         self.send(bytes);
         self.response().expect("an answer")
     }
+}
+
+/// A connection that takes in very little of what it does not read.
+pub fn narrow(to: SocketAddr) -> TcpStream {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("socket");
+    socket.set_recv_buffer_size(4096).expect("SO_RCVBUF");
+    socket.connect(&to.into()).expect("connect");
+    socket.set_write_timeout(Some(PATIENCE)).expect("timeout");
+    socket.into()
 }
 
 /// Sends one request on a connection of its own.

@@ -27,14 +27,17 @@ impl Usage {
     }
 }
 
-/// Lets the tests themselves open so many files, together with whatever runs beside.
-pub fn raise_own_descriptor_limit(needed: u64) {
+/// Enough for the largest crowd and for what runs beside it.
+const DESCRIPTORS: u64 = 8192;
+
+/// Lets the tests themselves open many files.
+pub fn raise_own_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
-    if limit.current.is_none_or(|soft| soft >= needed) {
+    if limit.current.is_none_or(|soft| soft >= DESCRIPTORS) {
         return;
     }
     let raised = Rlimit {
-        current: Some(needed),
+        current: Some(DESCRIPTORS),
         maximum: limit.maximum,
     };
     setrlimit(Resource::Nofile, raised).expect("raise the limit of open files: see ulimit -Hn");
