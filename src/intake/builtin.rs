@@ -33,6 +33,8 @@ use seat::{Seat, State};
 /// quarter of all, since each that waits in `accept` has its descriptor set aside already.
 const SPARE_MIN: usize = 2;
 const SPARE_MAX: usize = 64;
+/// See [`Times::moment`].
+const BUSY_MOMENT: Duration = Duration::from_millis(100);
 /// Pause after an error of `accept`: none of them is cured by asking again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A request that has been coming in, or an answer that has been going out, for so long is ended
@@ -82,6 +84,13 @@ pub struct Times {
     pub idle: Duration,
 }
 
+impl Times {
+    /// How long a connection counts as busy after an answer, and holds its buffer.
+    fn moment(&self) -> Duration {
+        self.idle.min(BUSY_MOMENT)
+    }
+}
+
 /// A listening socket and the threads that serve its connections.
 pub struct Acceptor<S> {
     name: &'static str,
@@ -123,7 +132,6 @@ impl<S: Service> Acceptor<S> {
         threads: &Threads,
     ) -> io::Result<Arc<Acceptor<S>>> {
         // Accepted connections inherit these on Linux.
-        listener.set_read_timeout(Some(times.idle))?;
         listener.set_write_timeout(Some(times.request))?;
         if listener.local_addr()?.as_socket().is_some() {
             listener.set_tcp_nodelay(true)?;

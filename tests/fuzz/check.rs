@@ -56,6 +56,10 @@ impl Source for Pieces<'_> {
         Ok(size)
     }
 
+    fn wait_idle(&mut self) -> io::Result<()> {
+        unreachable!("a read here never waits")
+    }
+
     fn send_continue(&mut self) -> io::Result<()> {
         self.continues += 1;
         Ok(())

@@ -15,12 +15,17 @@ const CHUNK_LINE_BYTES_MAX: usize = 4096;
 
 /// Where bytes come from.
 pub trait Source {
-    /// Waits for the first bytes of a request, as long as an idle connection may be kept.
-    /// 0 at the end of the connection.
+    /// Waits a moment for the first bytes of a request. 0 at the end of the connection.
     ///
     /// # Errors
-    /// The system's; `TimedOut` or `WouldBlock` when the time is over.
+    /// The system's; `TimedOut` or `WouldBlock` when the moment is over.
     fn read_first(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+
+    /// Waits until there is something to read, as long as an idle connection may be kept.
+    ///
+    /// # Errors
+    /// As [`Source::read_first`].
+    fn wait_idle(&mut self) -> io::Result<()>;
 
     /// Waits for more of a request, until that request's deadline.
     ///
@@ -49,10 +54,18 @@ impl From<Answer> for Fault {
     }
 }
 
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock
+    )
+}
+
 fn interrupted(error: &io::Error) -> Fault {
-    match error.kind() {
-        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Fault::Refused(Answer::Timeout),
-        _ => Fault::Gone,
+    if is_timeout(error) {
+        Fault::Refused(Answer::Timeout)
+    } else {
+        Fault::Gone
     }
 }
 
@@ -110,7 +123,14 @@ impl Input {
             // Was for a request that is over.
             self.buffer = Vec::new();
         }
-        match source.read_first(self.room()) {
+        let mut first = source.read_first(self.room());
+        if first.as_ref().is_err_and(is_timeout) {
+            // Idle connections are many and long: none of them holds a buffer.
+            self.buffer = Vec::new();
+            source.wait_idle().map_err(|_| Fault::Gone)?;
+            first = source.read_first(self.room());
+        }
+        match first {
             Ok(0) | Err(_) => Err(Fault::Gone),
             Ok(bytes) => {
                 self.end += bytes;

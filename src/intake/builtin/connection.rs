@@ -35,7 +35,7 @@ pub(super) fn serve(
             times,
             seat,
             deadline: None,
-            is_hurried: false,
+            has_other_timeout: true,
         },
         input: Input::default(),
         head: Vec::new(),
@@ -170,14 +170,21 @@ struct Wire<'a> {
     seat: &'a Seat,
     /// Of the request under way; `None` between requests.
     deadline: Option<Instant>,
-    /// Whether the socket's timeout is another than that of an idle connection.
-    is_hurried: bool,
+    /// Whether the socket's timeout is another than [`Times::moment`].
+    has_other_timeout: bool,
 }
 
 impl Wire<'_> {
     /// Writes all, within the send timeout that the socket has.
     fn write(&self, bytes: &[u8]) -> io::Result<()> {
         (&**self.socket).write_all(bytes)
+    }
+
+    fn set_read_timeout(&mut self, timeout: Duration) -> io::Result<()> {
+        self.has_other_timeout = true;
+        // Less than a microsecond would count as none at all, and so as no limit.
+        self.socket
+            .set_read_timeout(Some(timeout.max(Duration::from_millis(1))))
     }
 
     fn linger(&mut self) {
@@ -198,8 +205,9 @@ impl Wire<'_> {
 
 impl Source for Wire<'_> {
     fn read_first(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if std::mem::take(&mut self.is_hurried) {
-            self.socket.set_read_timeout(Some(self.times.idle))?;
+        if std::mem::take(&mut self.has_other_timeout) {
+            self.set_read_timeout(self.times.moment())?;
+            self.has_other_timeout = false;
         }
         let bytes = read(self.socket, buffer)?;
         self.deadline = Some(Instant::now() + self.times.request);
@@ -214,11 +222,14 @@ impl Source for Wire<'_> {
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        self.is_hurried = true;
-        // Less than a microsecond would count as none at all, and so as no limit.
-        self.socket
-            .set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        self.set_read_timeout(left)?;
         read(self.socket, buffer)
+    }
+
+    fn wait_idle(&mut self) -> io::Result<()> {
+        self.set_read_timeout(self.times.idle.saturating_sub(self.times.moment()))?;
+        // Whatever it is, the next read gets it.
+        self.socket.peek(&mut [MaybeUninit::uninit()]).map(drop)
     }
 
     fn send_continue(&mut self) -> io::Result<()> {
