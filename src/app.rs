@@ -31,6 +31,8 @@ use crate::thread::Threads;
 use crate::upstream::Upstream;
 use crate::worker::{Delivery, Shared, Slot, Worker};
 
+/// Heads of requests to the control port, which has no bodies.
+const CONTROL_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// For scrapers and health checks.
 const CONTROL_TIMES: builtin::Times = builtin::Times {
     request: Duration::from_secs(5),
@@ -211,7 +213,7 @@ impl Running {
             health: Arc::clone(&stage.health),
             metrics: Arc::clone(&stage.metrics),
             budget: Arc::clone(&stage.budget),
-            room,
+            room: Arc::clone(&room),
             per_second: config.queue.handle_per_second,
             request_timeout: config.proxy.request_timeout,
             woken,
@@ -220,12 +222,13 @@ impl Running {
         };
         spawn(&threads, "poller", move || poller.run())?;
         let intake = Arc::new(new_intake(config, &stage, direct_sender, appender.clone()));
-        let accepting = start_intake(&threads, config, listener, max_connections, &intake)?;
+        // Last: from here on there is something to lose.
         start_control(&threads, config, &stage, &intake, control_listener)?;
+        let accepting = start_intake(&threads, config, listener, max_connections, &intake)?;
         let drain = Drain {
             store: stage.store,
             metrics: stage.metrics,
-            appender,
+            room,
             settlements,
             direct,
             claimed,
@@ -267,7 +270,7 @@ impl Running {
         self.accepting.stop(is_handed_over);
         drop(self.claiming);
         self.threads.wait_for("poller", deadline);
-        self.drain.release_unstarted();
+        self.drain.release_unstarted(deadline);
         self.drain
             .wait(deadline, &self.signals, || self.accepting.connections());
         // A claim under way would lease rows after all others were given back.
@@ -453,8 +456,7 @@ fn start_control(
         metrics: Arc::clone(&stage.metrics),
         health: Arc::clone(&stage.health),
         intake: Arc::clone(intake),
-        goes_direct: !config.server.enqueue_enabled || config.server.enqueue_rate > 0,
-        budget: Budget::new(0),
+        budget: Budget::new(CONTROL_BYTES_MAX),
     };
     builtin::Acceptor::start(
         "control",

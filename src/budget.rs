@@ -18,6 +18,10 @@ impl Budget {
         })
     }
 
+    pub fn limit_bytes(&self) -> usize {
+        self.limit_bytes
+    }
+
     pub fn held_bytes(&self) -> usize {
         self.held_bytes.load(Ordering::Relaxed)
     }
@@ -56,7 +60,8 @@ impl Permit {
                 .held_bytes
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
                     held.checked_add(bytes)
-                        .filter(|sum| *sum <= self.budget.limit_bytes)
+                        // Nothing is always possible, also when claims have passed the limit.
+                        .filter(|sum| *sum <= self.budget.limit_bytes || bytes == 0)
                 });
         if grown.is_ok() {
             self.bytes += bytes;

@@ -18,9 +18,6 @@ pub struct Control {
     pub metrics: Arc<Metrics>,
     pub health: Arc<StoreHealth>,
     pub intake: Arc<Intake>,
-    /// Whether requests may go direct as long as the store does not work.
-    pub goes_direct: bool,
-    /// For bodies, of which there is no need.
     pub budget: Arc<Budget>,
 }
 
@@ -79,7 +76,7 @@ impl Control {
         let Some(fault) = self.health.fault() else {
             return page(200, "ok\n");
         };
-        if self.goes_direct && self.intake.admission.has_direct_room() {
+        if self.intake.admission.has_direct_room() {
             page(200, format!("ok, but nothing can be stored: {fault}\n"))
         } else {
             page(503, format!("{fault}\n"))

@@ -25,7 +25,8 @@
 //! # Invariants
 //!
 //! - A sender is told of success only for what is in the direct channel or committed.
-//! - An accepted request is in exactly one of these places: the store, a channel, a worker's slot.
+//! - An accepted request is in the store, or counted: in flight (direct) or in the room (claimed)
+//!   until it is settled; a shutdown waits for the counts, and stores what channels and slots hold.
 //! - A claim is a lease, never a delete; no transaction or connection is held during a send.
 //! - Settling names row id *and* attempt, so that a late settlement changes nothing.
 //! - No SQL outside [`queue`], no HTTP parsing outside [`intake`], no ureq outside [`upstream`].

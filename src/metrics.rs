@@ -2,7 +2,7 @@
 //!
 //! The rest of the program reports events through the fields here. They add up:
 //! accepted (direct + stored) = delivered + waiting + leased + in flight + dead + lost,
-//! counted from an empty queue.
+//! counted from an empty queue; late commits come on top of what was accepted.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -44,6 +44,7 @@ pub struct Metrics {
     pub delivered: IntCounter,
     pub stale: IntCounter,
     pub unreadable: IntCounter,
+    pub late_commits: IntCounter,
     pub lost_shutdown: IntCounter,
     pub in_flight: IntGauge,
     pub held_bytes: IntGauge,
@@ -213,6 +214,10 @@ impl Metrics {
             stale: make.counter(
                 "asyncproxy_stale_settlements_total",
                 "Settlements of a lease that was over: the request may have been sent twice.",
+            )?,
+            late_commits: make.counter(
+                "asyncproxy_late_commits_total",
+                "Rows committed when their request had been sent or refused for want of an answer.",
             )?,
             unreadable: make.counter(
                 "asyncproxy_unreadable_rows_total",

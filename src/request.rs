@@ -37,6 +37,9 @@ const NEVER_FORWARDED: [&str; 11] = [
     "proxy-authenticate",
 ];
 
+/// Names that `Connection` fields may list.
+const CONNECTION_OPTIONS_MAX: usize = 32;
+
 /// One request as recorded, ready to be sent any number of times.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Request {
@@ -108,8 +111,13 @@ impl Request {
         received_at: SystemTime,
     ) -> Result<Request, Invalid> {
         check_method(method)?;
-        let target = origin_form(target)?;
+        let (target, authority) = origin_form(target)?;
         check_target(target)?;
+        let peer = Peer {
+            // RFC 9112 §3.2.2: it is what was asked for, whatever the Host field says.
+            host: authority.or(peer.host),
+            ..peer
+        };
         Ok(Request {
             id: new_id(received_at),
             received_at,
@@ -177,20 +185,22 @@ fn check_target(target: &str) -> Result<(), Invalid> {
     }
 }
 
-/// Reduces an absolute-form target (RFC 9112 §3.2.2) to its path and query.
-fn origin_form(target: &str) -> Result<&str, Invalid> {
+/// Reduces an absolute-form target (RFC 9112 §3.2.2) to its path and query, and the host.
+fn origin_form(target: &str) -> Result<(&str, Option<&[u8]>), Invalid> {
     if target.starts_with('/') {
-        return Ok(target);
+        return Ok((target, None));
     }
     let (scheme, rest) = target.split_once("://").ok_or(Invalid::Target)?;
     if !scheme.eq_ignore_ascii_case("http") && !scheme.eq_ignore_ascii_case("https") {
         return Err(Invalid::Target);
     }
-    match rest.find(['/', '?', '#']) {
-        None => Ok("/"),
-        Some(at) if rest[at..].starts_with('/') => Ok(&rest[at..]),
-        Some(_) => Err(Invalid::Target),
-    }
+    let (authority, path) = match rest.find(['/', '?', '#']) {
+        None => (rest, "/"),
+        Some(at) if rest[at..].starts_with('/') => rest.split_at(at),
+        Some(_) => return Err(Invalid::Target),
+    };
+    let host = authority.rsplit('@').next().unwrap_or(authority);
+    Ok((path, Some(host.as_bytes())))
 }
 
 /// Header fields in order, repeats and bytes kept, held as they stand on the wire:
@@ -215,8 +225,10 @@ impl Headers {
         let mut headers = Headers(Vec::with_capacity(512));
         let mut forwarded_for = Vec::new();
         let (mut has_forwarded_host, mut has_forwarded_proto) = (false, false);
-        for (name, value) in received.clone() {
-            if is_never_forwarded(name) || is_named_by_connection(name, received.clone()) {
+        let hop = connection_options(received.clone())?;
+        for (name, value) in received {
+            let is_named = |option: &&[u8]| option.eq_ignore_ascii_case(name.as_bytes());
+            if is_never_forwarded(name) || hop.iter().any(is_named) {
                 continue;
             }
             if name.eq_ignore_ascii_case("x-forwarded-for") {
@@ -335,15 +347,22 @@ fn is_never_forwarded(name: &str) -> bool {
         || name.eq_ignore_ascii_case(ATTEMPT_HEADER)
 }
 
-/// Whether a `Connection` field lists `name` as belonging to the sender's hop.
-fn is_named_by_connection<'a>(
-    name: &str,
+/// What `Connection` fields list as belonging to the sender's hop.
+fn connection_options<'a>(
     received: impl Iterator<Item = (&'a str, &'a [u8])>,
-) -> bool {
-    received
+) -> Result<Vec<&'a [u8]>, Invalid> {
+    let options: Vec<_> = received
         .filter(|(field, _)| field.eq_ignore_ascii_case("connection"))
         .flat_map(|(_, value)| value.split(|byte| *byte == b','))
-        .any(|token| token.trim_ascii().eq_ignore_ascii_case(name.as_bytes()))
+        .map(<[u8]>::trim_ascii)
+        .filter(|option| !option.is_empty())
+        .take(CONNECTION_OPTIONS_MAX + 1)
+        .collect();
+    // Each is compared with each field.
+    if options.len() > CONNECTION_OPTIONS_MAX {
+        return Err(Invalid::Header);
+    }
+    Ok(options)
 }
 
 #[cfg(test)]
@@ -453,12 +472,16 @@ mod tests {
 
     #[test]
     fn reduces_absolute_form_to_its_path() {
-        for (absolute, path) in [
-            ("http://h/a?b", "/a?b"),
-            ("HTTPS://h:1/", "/"),
-            ("http://h", "/"),
+        for (absolute, path, host) in [
+            ("http://h/a?b", "/a?b", "h"),
+            ("HTTPS://h:1/", "/", "h:1"),
+            ("http://user:password@h", "/", "h"),
         ] {
             assert_eq!(record(absolute, &[]).unwrap().target, path);
+            assert!(
+                fields(&record(absolute, &[]).unwrap())
+                    .contains(&("X-Forwarded-Host".into(), host.into()))
+            );
         }
     }
 
@@ -479,6 +502,8 @@ mod tests {
             assert_eq!(record(target, &[]), Err(Invalid::Target), "{target:.20}");
         }
         assert_eq!(record("/", &[("a b", "")]), Err(Invalid::Header));
+        let many = "a,".repeat(CONNECTION_OPTIONS_MAX + 1);
+        assert_eq!(record("/", &[("Connection", &many)]), Err(Invalid::Header));
         assert_eq!(record("/", &[("a", "b\rc")]), Err(Invalid::Header));
         assert_eq!(record("/", &[("a", "b\0c")]), Err(Invalid::Header));
         for method in ["CONNECT", "", "GE T", "G\u{e9}T"] {

@@ -8,7 +8,7 @@ mod resolver;
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use http::uri::{PathAndQuery, Scheme};
 use http::{Method, Uri, Version, header};
@@ -27,6 +27,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const DRAIN_BYTES_MAX: u64 = 64 * 1024;
 /// How long the rest of an answer is waited for once its status is known.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// A connection that was closed while it was idle fails at once. One that fails later may have
+/// been working on the request, and a second full timeout might outlive the lease.
+const STALE_FAILS_IN: Duration = Duration::from_secs(1);
 /// Size of a connection's buffers; a header field has to fit in whole.
 const BUFFER_BYTES: usize = 16 * 1024;
 /// What a header or request line has besides its name and value or its target, generously.
@@ -122,10 +125,12 @@ pub struct Client {
 impl Client {
     /// Makes attempt number `attempt` (from 1) and tells how it ended.
     pub fn send(&mut self, request: &Request, attempt: u32) -> Outcome {
+        let started = Instant::now();
         let opened_before = self.opened.load(Ordering::Relaxed);
         let mut result = self.try_send(request, attempt);
         let reused = self.opened.load(Ordering::Relaxed) == opened_before;
-        if reused && result.as_ref().is_err_and(is_closed_by_peer) {
+        let is_stale = reused && started.elapsed() < STALE_FAILS_IN;
+        if is_stale && result.as_ref().is_err_and(is_closed_by_peer) {
             // The destination closed the connection while it was idle: this says nothing
             // about the request, which is sent again on a new one.
             result = self.try_send(request, attempt);

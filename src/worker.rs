@@ -24,6 +24,9 @@ static FAILED: LogLimit = LogLimit::new();
 static BURIED: LogLimit = LogLimit::new();
 static UNSTORED: LogLimit = LogLimit::new();
 
+/// Pause between tries to store what was not delivered.
+const STORE_PAUSE: Duration = Duration::from_secs(1);
+
 /// A request on its way to the destination.
 #[derive(Debug)]
 pub struct Delivery {
@@ -128,14 +131,6 @@ impl Slot {
         delivery
     }
 
-    /// Whether there is a delivery that nobody has settled yet.
-    pub fn is_held(&self) -> bool {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some()
-    }
-
     /// Takes the delivery out, and with it the duty to settle it.
     pub fn take(&self) -> Option<Arc<Delivery>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -199,39 +194,51 @@ impl Worker {
         let mut delivery = self.slot.hold(delivery);
         loop {
             let verdict = self.attempt(&delivery);
-            let pause = match &verdict {
-                Verdict::Later { after, .. } => *after,
-                Verdict::Delivered | Verdict::Bury(_) => self.shared.policy.backoff_min,
-            };
-            let Some(fate) = fate(verdict) else {
-                if self.slot.take().is_some() {
-                    self.shared.metrics.delivered.inc();
-                    self.shared.metrics.in_flight.dec();
-                }
-                return;
-            };
-            let row = delivery.to_row(delivery.attempt, fate);
-            match self.shared.appender.append(row) {
-                Ok(()) => {
+            let is_delivered = verdict == Verdict::Delivered;
+            match fate(verdict).map_or(Kept::Over, |fate| self.keep(&delivery, fate)) {
+                Kept::Over => {
                     if self.slot.take().is_some() {
-                        self.shared.metrics.in_flight.dec();
+                        let metrics = &self.shared.metrics;
+                        metrics.delivered.inc_by(u64::from(is_delivered));
+                        metrics.in_flight.dec();
                     }
                     return;
                 }
-                Err(error) => {
-                    if let Some(suppressed) = UNSTORED.allow() {
-                        log::error!(error:%, suppressed; "neither delivered nor stored, kept in memory");
+                // Left in the slot, or taken out of it, for the shutdown to store.
+                Kept::Interrupted => return,
+                Kept::DueAgain => {
+                    if self.slot.take().is_none() {
+                        return;
                     }
+                    delivery = self.slot.hold(delivery.next_attempt());
                 }
             }
-            let pause = pause.min(self.shared.policy.backoff_max);
-            if self.shared.hurry.recv_timeout(pause) == Err(RecvTimeoutError::Disconnected)
-                || self.slot.take().is_none()
-            {
-                // Left in the slot, for the shutdown to store.
-                return;
+        }
+    }
+
+    /// Tries to store what was not delivered, until it is due again or stored.
+    fn keep(&self, delivery: &Delivery, fate: Fate) -> Kept {
+        let due = match &fate {
+            Fate::Due { after, .. } => Some(Instant::now() + *after),
+            // Given up: there is no further attempt, however long the store takes.
+            Fate::Dead(_) => None,
+        };
+        loop {
+            let row = delivery.to_row(delivery.attempt, remaining(&fate, due));
+            let Err(error) = self.shared.appender.append(row) else {
+                return Kept::Over;
+            };
+            if let Some(suppressed) = UNSTORED.allow() {
+                log::error!(error:%, suppressed; "neither delivered nor stored, kept in memory");
             }
-            delivery = self.slot.hold(delivery.next_attempt());
+            let left = due.map(|due| due.saturating_duration_since(Instant::now()));
+            let pause = left.unwrap_or(STORE_PAUSE).min(STORE_PAUSE);
+            if self.shared.hurry.recv_timeout(pause) == Err(RecvTimeoutError::Disconnected) {
+                return Kept::Interrupted;
+            }
+            if left.is_some_and(|left| left <= pause) {
+                return Kept::DueAgain;
+            }
         }
     }
 
@@ -276,6 +283,26 @@ impl Worker {
                 }
             }
         }
+    }
+}
+
+/// What became of a direct delivery that was to be stored.
+enum Kept {
+    /// Stored, or nothing was left to store.
+    Over,
+    DueAgain,
+    /// The program is about to end.
+    Interrupted,
+}
+
+/// A fate as it is now: due a little sooner than when it was decided.
+fn remaining(fate: &Fate, due: Option<Instant>) -> Fate {
+    match (fate, due) {
+        (Fate::Due { failure, .. }, Some(due)) => Fate::Due {
+            after: due.saturating_duration_since(Instant::now()),
+            failure: failure.clone(),
+        },
+        _ => fate.clone(),
     }
 }
 

@@ -237,14 +237,23 @@ impl<S: Service> Acceptor<S> {
         let seat = Arc::new(Seat::new(self.epoch));
         self.seats().push(Arc::clone(&seat));
         let spare_max = (self.max_connections / 4).clamp(SPARE_MIN, SPARE_MAX);
-        while !self.is_closed() && self.spare.load(Ordering::Relaxed) <= spare_max {
+        loop {
+            if self.is_closed() {
+                self.spare.fetch_sub(1, Ordering::SeqCst);
+                break;
+            }
+            // In one step, so that not all can leave at once.
+            let one_less = |spare: usize| (spare > spare_max).then(|| spare - 1);
+            let order = Ordering::SeqCst;
+            if self.spare.fetch_update(order, order, one_less).is_ok() {
+                break;
+            }
             match self.listener.accept() {
                 Ok((socket, address)) => self.occupy(&seat, socket, &address),
                 Err(error) => self.pause_after(&error),
             }
         }
         self.seats().retain(|other| !Arc::ptr_eq(other, &seat));
-        self.spare.fetch_sub(1, Ordering::SeqCst);
         self.all.fetch_sub(1, Ordering::Relaxed);
     }
 

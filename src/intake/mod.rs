@@ -93,7 +93,13 @@ impl Answer {
             let _ = write!(text, "Content-Length: {}\r\n", body.len());
         }
         if !body.is_empty() {
-            text.push_str("Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n");
+            // Pages are for Prometheus, which wants the version of its format.
+            let version = if matches!(self, Answer::Page(..)) {
+                " version=0.0.4;"
+            } else {
+                ""
+            };
+            let _ = write!(text, "Content-Type: text/plain;{version} charset=utf-8\r\n");
         }
         if *self == Answer::Overloaded {
             let _ = write!(text, "Retry-After: {RETRY_AFTER_SECONDS}\r\n");

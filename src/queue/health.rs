@@ -43,23 +43,25 @@ impl StoreHealth {
         result: Result<T, StoreError>,
         metrics: &Metrics,
     ) -> Result<T, StoreError> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match &result {
-            Ok(_) => {
-                metrics.store_up.set(1);
-                match std::mem::replace(&mut *state, State::Up) {
-                    State::Up => {}
-                    State::Unknown => log::info!("store is ready"),
-                    State::Down(_) => log::warn!("store works again"),
-                }
-            }
-            Err(error) => {
-                metrics.store_up.set(0);
+        let now = match &result {
+            Ok(_) => State::Up,
+            Err(error) => State::Down(error.clone()),
+        };
+        let before = {
+            // Every admission looks in here: nothing is logged meanwhile.
+            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *state, now)
+        };
+        metrics.store_up.set(i64::from(result.is_ok()));
+        match (&result, before) {
+            (Ok(_), State::Up) => {}
+            (Ok(_), State::Unknown) => log::info!("store is ready"),
+            (Ok(_), State::Down(_)) => log::warn!("store works again"),
+            (Err(error), _) => {
                 metrics.store_errors.inc();
                 if let Some(suppressed) = FAILURES.allow() {
                     log::error!(operation, error:%, suppressed; "store does not work");
                 }
-                *state = State::Down(error.clone());
             }
         }
         result

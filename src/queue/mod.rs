@@ -23,6 +23,9 @@ use crate::settle::{Failure, Verdict};
 /// Rows in one claim, one insert or one settlement, at most.
 pub const BATCH_ROWS_MAX: usize = 500;
 
+/// Body and header bytes after which a batch takes no more rows.
+pub const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
+
 /// Where requests wait. All durations count from the store's own clock, so that several
 /// instances on one store need not agree on the time.
 pub trait Store: fmt::Debug + Send + Sync {
@@ -34,12 +37,13 @@ pub trait Store: fmt::Debug + Send + Sync {
     fn append(&self, rows: &[NewRow]) -> Result<(), StoreError>;
 
     /// Leases up to `limit` rows that are due, oldest due first (in any order without
-    /// `db.use_index`): counts the attempt and hides the row for `lease`.
+    /// `db.use_index`): counts the attempt and hides the row for `lease`. Takes no further row
+    /// once their bodies have `bytes_max` bytes together; the first is taken in any case.
     /// A row that cannot be read is moved to the dead letters instead.
     ///
     /// # Errors
     /// [`StoreError`]; rows leased all the same are due again when the lease is over.
-    fn claim(&self, limit: usize, lease: Duration) -> Result<Claim, StoreError>;
+    fn claim(&self, limit: usize, bytes_max: usize, lease: Duration) -> Result<Claim, StoreError>;
 
     /// Carries out what was decided about claimed rows. A settlement that does not match the
     /// row's current attempt changes nothing: someone else has claimed it since.

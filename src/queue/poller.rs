@@ -13,6 +13,7 @@ use super::health::StoreHealth;
 use super::{BATCH_ROWS_MAX, Store};
 use crate::budget::Budget;
 use crate::limiter::TokenBucket;
+use crate::logger::LogLimit;
 use crate::metrics::Metrics;
 use crate::worker::Delivery;
 
@@ -23,6 +24,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// What a lease has beyond `proxy.request_timeout`: half of it for waiting until a worker is
 /// free, the rest for settling.
 pub const LEASE_MARGIN: Duration = Duration::from_secs(30);
+
+static NOT_COUNTED: LogLimit = LogLimit::new();
 
 /// Tells the poller that there may be something to claim.
 #[derive(Debug, Clone)]
@@ -71,6 +74,11 @@ impl Room {
         (self.limit / 4).max(1)
     }
 
+    /// Rows claimed that nobody is through with.
+    pub fn claimed(&self) -> usize {
+        self.claimed.load(Ordering::Acquire)
+    }
+
     fn enter(&self) {
         self.claimed.fetch_add(1, Ordering::AcqRel);
     }
@@ -107,8 +115,17 @@ impl Poller {
         let mut pause = PAUSE_MIN;
         loop {
             let tokens = bucket.available(Instant::now()) as usize;
-            let limit = self.room.available().min(tokens).min(BATCH_ROWS_MAX);
-            let claimed = if limit == 0 { 0 } else { self.claim(limit) };
+            let limit = match self.bytes_max() {
+                // Something is on its way, whose end makes room.
+                0 if self.room.claimed() > 0 => 0,
+                _ => self.room.available().min(tokens).min(BATCH_ROWS_MAX),
+            };
+            // While the store does not work, nobody but this tells when it works again.
+            let claimed = if limit > 0 || self.health.fault().is_some() {
+                self.claim(limit)
+            } else {
+                0
+            };
             // At most one second's worth, which fits into u32.
             bucket.take(u32::try_from(claimed).unwrap_or(u32::MAX));
             let wait = if limit == 0 {
@@ -153,11 +170,16 @@ impl Poller {
         false
     }
 
+    /// Body bytes that may be claimed: half of the memory is left to what comes in.
+    fn bytes_max(&self) -> usize {
+        (self.budget.limit_bytes() / 2).saturating_sub(self.budget.held_bytes())
+    }
+
     fn claim(&self, limit: usize) -> usize {
         let lease = self.request_timeout + LEASE_MARGIN;
         // The lease began no sooner than this.
         let send_until = Instant::now() + LEASE_MARGIN / 2;
-        let result = self.store.claim(limit, lease);
+        let result = self.store.claim(limit, self.bytes_max(), lease);
         let Ok(claim) = self.health.note("claim", result, &self.metrics) else {
             return 0;
         };
@@ -197,10 +219,17 @@ impl Sampler {
         while self.stop.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
             let started = Instant::now();
             // A store that does not work is for the poller to try.
-            if self.health.fault().is_none()
-                && let Ok(sample) = self.store.sample()
-            {
-                self.metrics.sampled(&sample);
+            if self.health.fault().is_none() {
+                match self.store.sample() {
+                    Ok(sample) => self.metrics.sampled(&sample),
+                    // A count that takes too long does not mean that nothing else works.
+                    Err(error) => {
+                        self.metrics.store_errors.inc();
+                        if let Some(suppressed) = NOT_COUNTED.allow() {
+                            log::warn!(error:%, suppressed; "rows cannot be counted, queue metrics are old");
+                        }
+                    }
+                }
             }
             // A count of a long queue takes its time: at most a twentieth of all time.
             wait = (20 * started.elapsed()).max(Duration::from_secs(1));

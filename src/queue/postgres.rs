@@ -63,14 +63,14 @@ impl Store for PostgresStore {
         self.run(move |client| append(client, &rows))
     }
 
-    fn claim(&self, limit: usize, lease: Duration) -> Result<Claim, StoreError> {
+    fn claim(&self, limit: usize, bytes_max: usize, lease: Duration) -> Result<Claim, StoreError> {
         let statement = if self.use_index {
             CLAIM
         } else {
             CLAIM_UNORDERED
         };
         self.connections.run(
-            move |client| claim(client, statement, limit, lease),
+            move |client| claim(client, statement, limit, bytes_max, lease),
             |client, unwanted| {
                 let mut outcomes = Outcomes::default();
                 for row in &unwanted.rows {
@@ -163,12 +163,19 @@ fn claim(
     client: &mut Client,
     statement: &str,
     limit: usize,
+    bytes_max: usize,
     lease: Duration,
 ) -> Result<Claim, Fault> {
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    // Nothing comes before the first, which is so taken in any case.
+    let bytes_max = i64::try_from(bytes_max.max(1)).unwrap_or(i64::MAX);
     let rows = client.query_typed(
         statement,
-        &[(&limit, Type::INT8), (&to_seconds(lease), Type::FLOAT8)],
+        &[
+            (&limit, Type::INT8),
+            (&to_seconds(lease), Type::FLOAT8),
+            (&bytes_max, Type::INT8),
+        ],
     )?;
     let mut claimed = Vec::with_capacity(rows.len());
     let mut unreadable = Outcomes::default();

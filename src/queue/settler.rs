@@ -35,6 +35,15 @@ impl Settlements {
         }
     }
 
+    /// As [`Settlements::send`], but only until a deadline: what is not handed over then is due
+    /// again when its lease is over.
+    pub fn send_until(&self, settlement: Settlement, deadline: Instant) {
+        self.pending.fetch_add(1, Ordering::AcqRel);
+        if self.sender.send_deadline(settlement, deadline).is_err() {
+            self.pending.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
     /// Settlements handed over and not stored yet.
     pub fn pending(&self) -> usize {
         self.pending.load(Ordering::Acquire)

@@ -268,7 +268,7 @@ impl Store for SqliteStore {
         })
     }
 
-    fn claim(&self, limit: usize, lease: Duration) -> Result<Claim, StoreError> {
+    fn claim(&self, limit: usize, bytes_max: usize, lease: Duration) -> Result<Claim, StoreError> {
         self.write(|transaction| {
             let now = now_ms();
             let mut claim = Claim::default();
@@ -279,10 +279,15 @@ impl Store for SqliteStore {
             })?;
             let mut lease_one = transaction.prepare(LEASE)?;
             // Collected before anything is changed that the SELECT walks along.
-            let mut due = Vec::with_capacity(limit);
+            let (mut due, mut bytes) = (Vec::with_capacity(limit), 0);
             let mut rows = select.query(params![now, i64::try_from(limit).unwrap_or(i64::MAX)])?;
             while let Some(row) = rows.next()? {
-                due.push((row.get::<_, i64>(0)?, read(row)));
+                let read = read(row);
+                bytes += read.as_ref().map_or(0, |row| row.request.body.len());
+                due.push((row.get::<_, i64>(0)?, read));
+                if bytes >= bytes_max {
+                    break;
+                }
             }
             drop(rows);
             for (seq, read) in due {

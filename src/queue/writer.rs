@@ -10,11 +10,8 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::health::StoreHealth;
 use super::poller::Wake;
-use super::{BATCH_ROWS_MAX, Fate, NewRow, Store, StoreError};
+use super::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow, Store, StoreError};
 use crate::metrics::Metrics;
-
-/// Body and header bytes after which a batch takes no more rows.
-const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// A row on its way to the store, and whoever waits for it.
 #[derive(Debug)]
@@ -41,17 +38,9 @@ impl Appender {
     /// no answer within `db.timeout`. In that last case the row may be committed later all the
     /// same, which makes it a duplicate at worst.
     pub fn append(&self, row: NewRow) -> Result<(), StoreError> {
-        match self.health.fault() {
-            Some(fault) => Err(fault),
-            None => self.append_anyway(row),
+        if let Some(fault) = self.health.fault() {
+            return Err(fault);
         }
-    }
-
-    /// As [`Appender::append`], but tries even if the store did not work a moment ago.
-    ///
-    /// # Errors
-    /// The store's error, or that there was no answer within `db.timeout`.
-    pub fn append_anyway(&self, row: NewRow) -> Result<(), StoreError> {
         let deadline = Instant::now() + self.timeout;
         let taken = Arc::new(AtomicBool::new(false));
         let (committed, answer) = bounded(1);
@@ -143,8 +132,10 @@ impl Writer {
             self.metrics.batch_append.observe(rows.len() as f64);
         }
         for committed in waiting {
-            // A waiter who has given up meanwhile is told nothing: it counts on nothing.
-            let _ = committed.send(result.clone());
+            if committed.send(result.clone()).is_err() && result.is_ok() {
+                // Its waiter has given up and found another way: it may be delivered twice.
+                self.metrics.late_commits.inc();
+            }
         }
         let due_now = |row: &NewRow| matches!(row.fate, Fate::Due { after, .. } if after.is_zero());
         if result.is_ok() && rows.iter().any(due_now) {

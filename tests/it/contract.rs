@@ -203,7 +203,7 @@ pub fn append_one(store: &dyn Store) -> Uuid {
 }
 
 pub fn claim(store: &dyn Store, limit: usize) -> Vec<Claimed> {
-    let claim = store.claim(limit, LEASE).unwrap();
+    let claim = store.claim(limit, usize::MAX, LEASE).unwrap();
     assert_eq!(claim.unreadable, 0);
     claim.rows
 }
@@ -212,7 +212,7 @@ pub fn claim(store: &dyn Store, limit: usize) -> Vec<Claimed> {
 fn claim_when_due(store: &dyn Store, lease: Duration) -> Claimed {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        if let Some(row) = store.claim(1, lease).unwrap().rows.pop() {
+        if let Some(row) = store.claim(1, usize::MAX, lease).unwrap().rows.pop() {
             return row;
         }
         assert!(Instant::now() < deadline, "no row became due");
@@ -615,7 +615,7 @@ fn extreme_times_do_no_harm(bench: &Bench) {
     }
     rows.push(due_in(Duration::MAX));
     store.append(&rows).unwrap();
-    let claimed = store.claim(10, Duration::MAX).unwrap().rows;
+    let claimed = store.claim(10, usize::MAX, Duration::MAX).unwrap().rows;
     assert_eq!(claimed.len(), rows.len() - 1);
     assert!(store.sample().unwrap().oldest.is_some());
     let batch: Vec<Settlement> = claimed
@@ -677,7 +677,7 @@ fn unreadable_rows_are_buried_and_block_nobody(bench: &Bench) {
     }
     let (mut unreadable, mut read) = (0, Vec::new());
     for _ in 0..ids.len() {
-        let claim = store.claim(1, LEASE).unwrap();
+        let claim = store.claim(1, usize::MAX, LEASE).unwrap();
         unreadable += claim.unreadable;
         read.extend(claim.rows);
     }

@@ -131,13 +131,19 @@ fn cases() -> Vec<Case> {
         ]
         .map(|target| Case::new(target, "POST", target)),
     );
-    for (target, arrives_at) in [
-        ("http://hooks.example/a?b", "/a?b"),
-        ("HTTPS://other:1/", "/"),
-        ("http://hooks.example", "/"),
+    let hooks: &[u8] = b"X-Forwarded-Host: hooks.example";
+    for (target, arrives_at, host) in [
+        ("http://hooks.example/a?b", "/a?b", hooks),
+        // What was asked for, and not what the Host field says.
+        ("HTTPS://other:1/", "/", b"X-Forwarded-Host: other:1"),
+        ("http://hooks.example", "/", hooks),
     ] {
         cases.push(Case {
             arrives_at,
+            arriving: ADDED
+                .into_iter()
+                .map(|line| if line == hooks { host } else { line })
+                .collect(),
             ..Case::new(target, "POST", target)
         });
     }

@@ -61,13 +61,14 @@ fn ambiguous_or_malformed_requests_are_refused() {
         (": a\r\n", 400),
         ("no colon\r\n", 400),
         ("Host: h2\r\n", 400),
+        ("Connection: \u{e9}\x01\r\n", 400),
         ("Expect: 200-ok\r\n", 417),
         ("Expect: 100-continue\r\nExpect: x\r\n", 417),
     ];
     for (lines, status) in fields {
         assert_eq!(outcome(&with(lines, "abc")), (0, Some(status)), "{lines:?}");
     }
-    let heads: [(&[u8], u16); 21] = [
+    let heads: [(&[u8], u16); 23] = [
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\nHost: h\n\n", 400),
         (b"GET / HTTP/2.0\r\nHost: h\r\n\r\n", 505),
@@ -92,6 +93,8 @@ fn ambiguous_or_malformed_requests_are_refused() {
             400,
         ),
         (b"GET / HTTP/1.1\r\nHost: h", 400),
+        (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: h/<\"@\r\n\r\n", 400),
     ];
     for (bytes, status) in heads {
         assert_eq!(

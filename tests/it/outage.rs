@@ -71,7 +71,7 @@ fn postgres_may_stop_and_start_meanwhile() {
     for round in 1..3 {
         let first = round * 100;
         cluster.stop();
-        wait_until_ready_says(&proxy, 503, "store");
+        wait_until_ready_says(&proxy, 200, "nothing can be stored");
         proxy.accept(first..first + 8);
         destination.wait_until(PATIENCE, "the direct ones", |seen| {
             (first..first + 8).all(|number| seen.iter().any(|seen| seen.number() == number))

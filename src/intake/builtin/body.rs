@@ -30,7 +30,7 @@ pub trait Source {
     /// Waits for more of a request, until that request's deadline.
     ///
     /// # Errors
-    /// As [`Source::read_first`].
+    /// As [`Source::read_first`]; `ConnectionAborted` when the place is needed for others.
     fn read_more(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
 
     /// Asks the sender for the body it holds back.
@@ -62,10 +62,10 @@ fn is_timeout(error: &io::Error) -> bool {
 }
 
 fn interrupted(error: &io::Error) -> Fault {
-    if is_timeout(error) {
-        Fault::Refused(Answer::Timeout)
-    } else {
-        Fault::Gone
+    match error.kind() {
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Fault::Refused(Answer::Timeout),
+        io::ErrorKind::ConnectionAborted => Fault::Refused(Answer::Overloaded),
+        _ => Fault::Gone,
     }
 }
 
@@ -79,6 +79,11 @@ pub struct Input {
 }
 
 impl Input {
+    /// Whether nothing was received beyond what was used.
+    pub fn is_empty(&self) -> bool {
+        self.unused().is_empty()
+    }
+
     fn unused(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
     }

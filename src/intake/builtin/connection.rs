@@ -19,6 +19,9 @@ use crate::intake::Answer;
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES_MAX: usize = 16 * 1024 * 1024;
 
+/// A connection that waits for its next request keeps no larger head than this.
+const HEAD_BYTES_KEPT: usize = 4096;
+
 /// Serves a connection to its end.
 pub(super) fn serve(
     service: &impl Service,
@@ -123,7 +126,14 @@ impl<S: Service> Connection<'_, S> {
     /// Reads the next request and has it answered.
     fn next(&mut self) -> Result<(Answer, Form), Fault> {
         self.wire.deadline = None;
-        self.wire.seat.idle();
+        if self.input.is_empty() {
+            self.wire.seat.idle();
+        } else {
+            self.wire.seat.reading();
+        }
+        if self.head.capacity() > HEAD_BYTES_KEPT {
+            self.head = Vec::new();
+        }
         if self.service.is_draining() {
             // Idle too late to be found by whoever closes idle connections.
             let _ = self.wire.socket.shutdown(Shutdown::Read);
@@ -133,6 +143,10 @@ impl<S: Service> Connection<'_, S> {
         let started = Instant::now();
         let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
         let head = Head::parse(&self.head, &mut fields)?;
+        let mut permit = self.service.permit();
+        if !permit.try_grow(self.head.len()) {
+            return Err(Answer::Overloaded.into());
+        }
         let bytes_max = self.service.body_bytes_max();
         if let Framing::Length(length) = head.framing
             && length > bytes_max as u64
@@ -142,7 +156,6 @@ impl<S: Service> Connection<'_, S> {
         if head.expects_continue && !self.input.holds(head.framing) {
             self.wire.send_continue().map_err(|_| Fault::Gone)?;
         }
-        let mut permit = self.service.permit();
         let body = self
             .input
             .read_body(&mut self.wire, head.framing, bytes_max, &mut permit)?;
@@ -223,7 +236,11 @@ impl Source for Wire<'_> {
             return Err(io::ErrorKind::TimedOut.into());
         }
         self.set_read_timeout(left)?;
-        read(self.socket, buffer)
+        match read(self.socket, buffer)? {
+            // Not the sender's end of it, but ours.
+            0 if self.seat.is_evicted() => Err(io::ErrorKind::ConnectionAborted.into()),
+            bytes => Ok(bytes),
+        }
     }
 
     fn wait_idle(&mut self) -> io::Result<()> {

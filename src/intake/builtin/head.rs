@@ -112,8 +112,12 @@ impl<'h, 'b> Head<'h, 'b> {
         let fields: &'h [Header<'b>] = parser.headers;
         let is_11 = minor == 1;
         let host = single(fields, "host").map_err(|()| Answer::Malformed("more than one Host"))?;
-        if is_11 && host.is_none() {
-            return Err(Answer::Malformed("no Host"));
+        match host {
+            None if is_11 => return Err(Answer::Malformed("no Host")),
+            Some(host) if !host.iter().copied().all(is_host_byte) => {
+                return Err(Answer::Malformed("malformed Host"));
+            }
+            _ => {}
         }
         Ok(Head {
             method,
@@ -126,6 +130,11 @@ impl<'h, 'b> Head<'h, 'b> {
             host,
         })
     }
+}
+
+/// RFC 3986 §3.2.2 and §3.2.3, for host and port together.
+fn is_host_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(&byte)
 }
 
 /// The values of a field, in order.

@@ -1,7 +1,7 @@
 //! What the connection a thread serves is at, for those who must choose one to end.
 
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -14,6 +14,8 @@ pub(super) struct Seat {
     /// Milliseconds from `epoch` to the beginning of the state, and the state.
     state: AtomicU64,
     epoch: Instant,
+    /// Whether the connection was ended in another's favour.
+    is_evicted: AtomicBool,
 }
 
 /// What a connection is at.
@@ -39,6 +41,7 @@ impl Seat {
             socket: Mutex::default(),
             state: AtomicU64::default(),
             epoch,
+            is_evicted: AtomicBool::new(false),
         };
         seat.enter(State::Busy);
         seat
@@ -48,7 +51,12 @@ impl Seat {
         *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(socket));
     }
 
+    pub(super) fn is_evicted(&self) -> bool {
+        self.is_evicted.load(Ordering::SeqCst)
+    }
+
     pub(super) fn leave(&self) {
+        self.is_evicted.store(false, Ordering::SeqCst);
         self.enter(State::Busy);
         *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -100,6 +108,7 @@ impl Seat {
                 State::Writing => Shutdown::Both,
                 State::Idle | State::Reading | State::Busy => Shutdown::Read,
             };
+            self.is_evicted.store(true, Ordering::SeqCst);
             // Fails only if the sender was faster.
             let _ = socket.shutdown(how);
         }

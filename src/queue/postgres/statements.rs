@@ -31,7 +31,7 @@ macro_rules! claim {
         concat!(
             "
     WITH due AS MATERIALIZED (
-        SELECT ctid AS place, next_attempt_at AS due_at
+        SELECT ctid AS place, next_attempt_at AS due_at, octet_length(body) AS bytes
           FROM proxy_requests
          WHERE next_attempt_at <= now()
          ",
@@ -39,13 +39,17 @@ macro_rules! claim {
             "
          LIMIT $1
            FOR UPDATE SKIP LOCKED
+    ), fitting AS (
+        SELECT place, due_at,
+               sum(bytes) OVER (ORDER BY due_at, place) - bytes AS bytes_before
+          FROM due
     )
     UPDATE proxy_requests
        SET attempt = least(attempt, 2147483646) + 1,
            leased = true,
            next_attempt_at = now() + $2 * interval '1 second'
-      FROM due
-     WHERE ctid = place
+      FROM fitting
+     WHERE ctid = place AND bytes_before < $3
  RETURNING id, attempt, due_at, received_at, method, target, headers, body"
         )
     };
