@@ -52,7 +52,8 @@ fn load(
     bytes: usize,
     is_kept: bool,
 ) -> Duration {
-    let each = requests.div_ceil(connections);
+    // Enough for each, or opening the connections would be what is measured.
+    let each = requests.div_ceil(connections).max(100);
     let connection = if is_kept { "keep-alive" } else { "close" };
     let mut request = format!(
         "POST /hook HTTP/1.1\r\nHost: h\r\nContent-Length: {bytes}\r\nConnection: {connection}\r\n\r\n"

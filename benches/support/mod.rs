@@ -23,7 +23,7 @@ pub const ACCEPTORS: [&str; 2] = ["builtin", "tiny_http"];
 pub fn serve(acceptor: &str, bind: &str) -> SocketAddr {
     let threads = Threads::default();
     let metrics = Arc::new(Metrics::new(50).unwrap());
-    let (direct, deliveries) = crossbeam_channel::bounded(10_000);
+    let (direct, deliveries) = crossbeam_channel::bounded(1 << 18);
     // Comes by now and then instead of being woken for each, which would be measured, too.
     threads
         .spawn("drop", move || {
@@ -48,7 +48,7 @@ pub fn serve(acceptor: &str, bind: &str) -> SocketAddr {
     let intake = Arc::new(Intake {
         admission: Admission::new(None, direct, appender, Arc::clone(&metrics)),
         metrics,
-        budget: Budget::new(256 << 20),
+        budget: Budget::new(4 << 30),
         response_status: 200,
         body_bytes_max: 10 << 20,
         draining: Arc::new(AtomicBool::new(false)),
