@@ -288,7 +288,7 @@ fn spawn(
 ) -> Result<(), RunError> {
     let name = name.into();
     threads.spawn(name.clone(), body).map_err(start(format!(
-        "thread {name} (see proxy.num_clients and queue.workers)"
+        "thread {name}, of as many as proxy.num_clients and queue.workers ask for"
     )))
 }
 

@@ -61,7 +61,7 @@ settings! {
     "server.enqueue_enabled" = "true", "true or false", "`false`: nothing is stored before it was tried once";
     "server.enqueue_rate" = "100", "a whole number", "requests a second that go direct, the rest is stored; `0`: all are stored";
     "server.acceptor" = "builtin", "builtin or tiny_http", "`builtin`, or `tiny_http` for trusted networks only";
-    "server.max_connections" = "1024", "a whole number", "connections open at once; more wait while idle ones are closed";
+    "server.max_connections" = "1024", "a whole number", "connections open at once; more wait while idle ones are closed (builtin only)";
     "server.read_timeout" = "5s", "a duration", "time for a whole request to come in (builtin only)";
     "server.idle_timeout" = "60s", "a duration", "time a connection may be idle between requests (builtin only)";
     "server.max_body_size" = "10MiB", "a size", "larger bodies are refused with 413";

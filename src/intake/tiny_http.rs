@@ -6,7 +6,7 @@
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use ::tiny_http::{HTTPVersion, Request as Incoming, Server};
 use socket2::SockRef;
@@ -14,7 +14,7 @@ use socket2::SockRef;
 use super::{Answer, Intake};
 use crate::budget::Permit;
 use crate::logger::LogLimit;
-use crate::metrics::{Busy, PathMetrics};
+use crate::metrics::Busy;
 use crate::request::{Peer, path_of};
 
 /// Threads that read bodies and answer: as many requests can be on their way into one commit.
@@ -95,7 +95,7 @@ impl Acceptor {
         path.requests.inc();
         let answer = self.answer(&mut request);
         self.respond(request, answer);
-        observe(&path, started.elapsed());
+        path.answer_seconds.observe(started.elapsed().as_secs_f64());
     }
 
     fn answer(&self, request: &mut Incoming) -> Answer {
@@ -189,10 +189,6 @@ impl Acceptor {
             log::debug!(error:%, suppressed; "sender did not take its answer");
         }
     }
-}
-
-fn observe(path: &PathMetrics, took: Duration) {
-    path.answer_seconds.observe(took.as_secs_f64());
 }
 
 /// Answers and forgets the connection, with its reader never dropped: see

@@ -129,7 +129,7 @@ impl<S: Service> Connection<'_, S> {
         if self.input.is_empty() {
             self.wire.seat.idle();
         } else {
-            self.wire.seat.reading();
+            self.wire.seat.reading(Instant::now());
         }
         if self.head.capacity() > HEAD_BYTES_KEPT {
             self.head = Vec::new();
@@ -139,7 +139,6 @@ impl<S: Service> Connection<'_, S> {
             let _ = self.wire.socket.shutdown(Shutdown::Read);
         }
         self.input.read_head(&mut self.wire, &mut self.head)?;
-        self.wire.seat.reading();
         let started = Instant::now();
         let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
         let head = Head::parse(&self.head, &mut fields)?;
@@ -223,8 +222,9 @@ impl Source for Wire<'_> {
             self.has_other_timeout = false;
         }
         let bytes = read(self.socket, buffer)?;
-        self.deadline = Some(Instant::now() + self.times.request);
-        self.seat.reading();
+        let now = Instant::now();
+        self.deadline = Some(now + self.times.request);
+        self.seat.reading(now);
         Ok(bytes)
     }
 

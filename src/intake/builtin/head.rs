@@ -6,6 +6,7 @@
 use std::mem::MaybeUninit;
 
 use httparse::{Header, Request as Parser, Status};
+use memchr::memchr3;
 
 use crate::intake::Answer;
 
@@ -31,37 +32,36 @@ impl Scan {
     /// # Errors
     /// What to refuse the request with: its lines are malformed or too long.
     pub fn end(&mut self, bytes: &[u8]) -> Result<Option<usize>, Answer> {
-        for at in self.seen..bytes.len() {
-            let after_cr = at > 0 && bytes[at - 1] == b'\r';
-            match bytes[at] {
-                b'\n' if after_cr => {
-                    let fields_at = *self.fields_at.get_or_insert(at + 1);
-                    if bytes[..=at].ends_with(b"\r\n\r\n") {
-                        // The line end before the empty line is the request line's, or counts.
-                        let fields_bytes = (at - 1).saturating_sub(fields_at);
-                        if fields_bytes > FIELDS_BYTES_MAX {
-                            return Err(Answer::FieldsTooLarge);
-                        }
-                        return Ok(Some(at + 1));
-                    }
-                }
-                b'\n' => return Err(Answer::Malformed("line feed without carriage return")),
-                _ if after_cr => {
-                    return Err(Answer::Malformed("carriage return without line feed"));
-                }
-                b'\r' => {}
-                0 => return Err(Answer::Malformed("NUL in the head")),
-                _ => match self.fields_at {
-                    None if at >= LINE_BYTES_MAX => return Err(Answer::LineTooLong),
-                    Some(fields_at) if at - fields_at >= FIELDS_BYTES_MAX => {
+        loop {
+            let plain = memchr3(b'\r', b'\n', 0, &bytes[self.seen..]);
+            let at = plain.map_or(bytes.len(), |plain| self.seen + plain);
+            if at > self.seen {
+                match self.fields_at {
+                    None if at > LINE_BYTES_MAX => return Err(Answer::LineTooLong),
+                    Some(fields_at) if at - fields_at > FIELDS_BYTES_MAX => {
                         return Err(Answer::FieldsTooLarge);
                     }
-                    _ => {}
-                },
+                    _ => self.seen = at,
+                }
+            }
+            match bytes[at..] {
+                [] | [b'\r'] => return Ok(None),
+                [b'\r', b'\n', ..] => self.seen += 2,
+                [b'\r', ..] => {
+                    return Err(Answer::Malformed("carriage return without line feed"));
+                }
+                [b'\n', ..] => return Err(Answer::Malformed("line feed without carriage return")),
+                _ => return Err(Answer::Malformed("NUL in the head")),
+            }
+            let fields_at = *self.fields_at.get_or_insert(self.seen);
+            if bytes[..self.seen].ends_with(b"\r\n\r\n") {
+                // The line end before the empty line is the request line's, or counts.
+                if at.saturating_sub(fields_at) > FIELDS_BYTES_MAX {
+                    return Err(Answer::FieldsTooLarge);
+                }
+                return Ok(Some(self.seen));
             }
         }
-        self.seen = bytes.len();
-        Ok(None)
     }
 }
 

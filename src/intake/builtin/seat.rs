@@ -43,7 +43,7 @@ impl Seat {
             epoch,
             is_evicted: AtomicBool::new(false),
         };
-        seat.enter(State::Busy);
+        seat.serving();
         seat
     }
 
@@ -57,28 +57,30 @@ impl Seat {
 
     pub(super) fn leave(&self) {
         self.is_evicted.store(false, Ordering::SeqCst);
-        self.enter(State::Busy);
+        self.serving();
         *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     pub(super) fn idle(&self) {
-        self.enter(State::Idle);
+        self.enter(State::Idle, Instant::now());
     }
 
-    pub(super) fn reading(&self) {
-        self.enter(State::Reading);
+    pub(super) fn reading(&self, now: Instant) {
+        self.enter(State::Reading, now);
     }
 
     pub(super) fn serving(&self) {
-        self.enter(State::Busy);
+        // Nobody asks since when.
+        self.enter(State::Busy, self.epoch);
     }
 
     pub(super) fn writing(&self) {
-        self.enter(State::Writing);
+        self.enter(State::Writing, Instant::now());
     }
 
-    fn enter(&self, state: State) {
-        let ms = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX / STATES);
+    fn enter(&self, state: State, now: Instant) {
+        let ms = now.saturating_duration_since(self.epoch).as_millis();
+        let ms = u64::try_from(ms).unwrap_or(u64::MAX / STATES);
         // Who closes says so first and looks at the state then; here it is the other way round.
         self.state
             .store(ms * STATES + state as u64, Ordering::SeqCst);
