@@ -20,6 +20,8 @@ const LIMIT_INTERVAL: Duration = Duration::from_secs(10);
 /// Left out when zero: see [`LogLimit`].
 const SUPPRESSED: &str = "suppressed";
 
+static OTHER_CRATES: LogLimit = LogLimit::new();
+
 static LOGGER: Logger = Logger {
     color: AtomicBool::new(false),
 };
@@ -54,15 +56,15 @@ struct Logger {
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        let own = metadata
-            .target()
-            .strip_prefix(env!("CARGO_CRATE_NAME"))
-            .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"));
-        metadata.level() <= log::max_level() && (own || metadata.level() <= Level::Warn)
+        let is_wanted = is_own(metadata) || metadata.level() <= Level::Warn;
+        metadata.level() <= log::max_level() && is_wanted
     }
 
     fn log(&self, record: &Record<'_>) {
-        if self.enabled(record.metadata()) {
+        // What other crates say once for each request would flood the log.
+        let is_logged = self.enabled(record.metadata())
+            && (is_own(record.metadata()) || OTHER_CRATES.allow().is_some());
+        if is_logged {
             let color = self.color.load(Ordering::Relaxed);
             let line = line(record, SystemTime::now(), color);
             // Nobody is left to tell when it fails.
@@ -71,6 +73,13 @@ impl Log for Logger {
     }
 
     fn flush(&self) {}
+}
+
+fn is_own(metadata: &Metadata<'_>) -> bool {
+    metadata
+        .target()
+        .strip_prefix(env!("CARGO_CRATE_NAME"))
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
 }
 
 fn line(record: &Record<'_>, now: SystemTime, color: bool) -> String {
