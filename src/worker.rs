@@ -3,6 +3,7 @@
 //! Each worker keeps the delivery it is at in a [`Slot`], out of which a shutdown can take it.
 //! Whoever takes it out settles it; nobody else does.
 
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -160,13 +161,17 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Runs until the channel of deliveries is closed and empty.
+    /// Runs until the channel of deliveries is closed and empty, or the program is about to end.
     pub fn run(mut self) {
         while let Ok(delivery) = self.deliveries.recv() {
             let busy = self.busy.clone();
             let _busy = Busy::new(&busy);
             match delivery.origin {
-                Origin::Direct => self.deliver_direct(delivery),
+                Origin::Direct => {
+                    if self.deliver_direct(delivery).is_break() {
+                        return;
+                    }
+                }
                 Origin::Claimed { send_until } => {
                     self.deliver_claimed(delivery, send_until);
                     self.shared.room.leave();
@@ -189,8 +194,9 @@ impl Worker {
     }
 
     /// Holds on to the request until it is delivered, stored or taken out of the slot: while
-    /// neither destination nor store take it, it is tried with both again and again.
-    fn deliver_direct(&mut self, delivery: Delivery) {
+    /// neither destination nor store take it, it is tried with both again and again. Breaks when
+    /// it is left in the slot, which then must not be used for another.
+    fn deliver_direct(&mut self, delivery: Delivery) -> ControlFlow<()> {
         let mut delivery = self.slot.hold(delivery);
         loop {
             let verdict = self.attempt(&delivery);
@@ -202,13 +208,12 @@ impl Worker {
                         metrics.delivered.inc_by(u64::from(is_delivered));
                         metrics.in_flight.dec();
                     }
-                    return;
+                    return ControlFlow::Continue(());
                 }
-                // Left in the slot, or taken out of it, for the shutdown to store.
-                Kept::Interrupted => return,
+                Kept::Interrupted => return ControlFlow::Break(()),
                 Kept::DueAgain => {
                     if self.slot.take().is_none() {
-                        return;
+                        return ControlFlow::Continue(());
                     }
                     delivery = self.slot.hold(delivery.next_attempt());
                 }
@@ -291,7 +296,7 @@ enum Kept {
     /// Stored, or nothing was left to store.
     Over,
     DueAgain,
-    /// The program is about to end.
+    /// The program is about to end, and stores it itself.
     Interrupted,
 }
 
