@@ -131,6 +131,7 @@ contract!(
     appending_again_changes_nothing,
     append_is_all_or_none,
     claims_oldest_due_first_and_no_more_than_asked,
+    a_claim_takes_no_more_bytes_than_asked_but_always_one_row,
     a_row_is_due_after_its_delay,
     a_claim_counts_the_attempt_and_hides_the_row,
     a_lease_that_is_over_is_due_again,
@@ -336,6 +337,27 @@ fn claims_oldest_due_first_and_no_more_than_asked(bench: &Bench) {
         claimed.sort();
     }
     assert_eq!(claimed, ids);
+}
+
+fn a_claim_takes_no_more_bytes_than_asked_but_always_one_row(bench: &Bench) {
+    let store = bench.open();
+    let rows: Vec<_> = (0..5).map(|_| row(request(&[b'x'; 1000]))).collect();
+    store.append(&rows).unwrap();
+    let claim = |limit, bytes_max| store.claim(limit, bytes_max, LEASE).unwrap().rows;
+    assert_eq!(claim(0, usize::MAX).len(), 0);
+    let first = claim(10, 1500);
+    assert_eq!(first.len(), 2);
+    assert_eq!(claim(10, 0).len(), 1);
+    assert_eq!(counts(&*store), (2, 3, 0));
+    let rest = claim(10, usize::MAX);
+    assert_eq!(rest.len(), 2);
+    assert!(rest.iter().all(|row| row.attempt == 1));
+    let ids: HashSet<_> = first
+        .iter()
+        .chain(&rest)
+        .map(|row| row.request.id)
+        .collect();
+    assert_eq!(ids.len(), 4);
 }
 
 fn a_row_is_due_after_its_delay(bench: &Bench) {

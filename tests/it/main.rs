@@ -21,6 +21,7 @@ mod crowd;
 mod delivery;
 mod descriptors;
 mod docs;
+mod faults;
 mod fidelity;
 mod framing;
 mod intake;
