@@ -42,6 +42,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const HELD_MS_MAX: u64 = 1000;
 /// Time for a thread whose connection was ended to take a waiting one.
 const STEWARD_PAUSE: Duration = Duration::from_millis(2);
+/// The same for one that leaves after its answer.
+const ANSWER_PAUSE: Duration = Duration::from_millis(50);
 const STEWARD_LOOK: Duration = Duration::from_secs(1);
 
 static ACCEPT_FAILED: LogLimit = LogLimit::new();
@@ -297,13 +299,13 @@ impl<S: Service> Acceptor<S> {
     }
 
     /// The steward: while connections wait and no thread is free, ends the one that is idle
-    /// longest, or else one whose sender has taken long to send its request or to take its answer.
+    /// longest, or else one whose sender has taken long to send its request or to take its answer,
+    /// or else asks the one that has been here longest to leave after its answer.
     fn keep_room(&self) {
         while self.full.1.recv().is_ok() && !self.is_closed() {
             while self.spare.load(Ordering::SeqCst) == 0 && !self.is_closed() {
                 if self.has_waiting() {
-                    self.end_one();
-                    std::thread::sleep(STEWARD_PAUSE);
+                    std::thread::sleep(self.end_one());
                 }
             }
         }
@@ -316,7 +318,8 @@ impl<S: Service> Acceptor<S> {
         matches!(poll(&mut listener, look.as_ref()), Ok(1..))
     }
 
-    fn end_one(&self) {
+    /// Ends one connection; returns how long to wait for what comes of it.
+    fn end_one(&self) -> Duration {
         let now = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
         let seats = self.seats();
         let longest = seats
@@ -330,6 +333,18 @@ impl<S: Service> Acceptor<S> {
             .min_by_key(|(state, _)| *state);
         if let Some((seen, seat)) = longest {
             seat.stop(seen);
+            return STEWARD_PAUSE;
         }
+        // All are at work. Whoever has been here longest leaves after the next answer: one who
+        // sends without pause would keep the place for ever.
+        let first = seats
+            .iter()
+            .filter_map(|seat| Some((seat.taken_at()?, seat)))
+            .filter(|(taken_at, _)| now.saturating_sub(*taken_at) >= HELD_MS_MAX)
+            .min_by_key(|(taken_at, _)| *taken_at);
+        if let Some((_, seat)) = first {
+            seat.ask_to_leave();
+        }
+        ANSWER_PAUSE
     }
 }

@@ -198,6 +198,31 @@ fn senders_that_do_not_read_their_answers_give_way() {
 }
 
 #[test]
+fn senders_without_pause_do_not_keep_their_place_from_others() {
+    let destination = Destination::start();
+    let setup = Setup::new(&destination.url()).set("server.max_connections", 2);
+    let proxy = setup.start();
+    let good = http::request("POST", "/hook", &[], b"");
+    let busy: Vec<_> = (0..2)
+        .map(|_| {
+            let mut sender = Connection::open(proxy.intake);
+            let mut writer = sender.sender();
+            let requests = good.repeat(100);
+            let writing = thread::spawn(move || while writer.write_all(&requests).is_ok() {});
+            let reading = thread::spawn(move || sender.rest());
+            (writing, reading)
+        })
+        .collect();
+    wait_until("both to send", || proxy.metrics().accepted() > 200.0);
+    assert_eq!(proxy.send(&good).status, 200);
+    proxy.kill9();
+    for (writing, reading) in busy {
+        writing.join().expect("writer");
+        let _ = reading.join().expect("reader");
+    }
+}
+
+#[test]
 fn requests_that_are_being_answered_do_not_give_way() {
     let destination = Destination::start();
     let setup = eight(&destination)

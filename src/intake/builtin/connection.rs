@@ -51,18 +51,19 @@ pub(super) fn serve(
             // Nobody knows how much of the request is still to come.
             Err(Fault::Refused(answer)) => (service.refuse(answer), Form::LAST, true),
         };
-        form.is_kept &= !service.is_draining();
+        form.is_kept &= !service.is_draining() && !seat.is_asked_to_leave();
         let bytes = rendered.bytes(answer, form);
         connection.wire.seat.writing();
         if connection.wire.write(bytes).is_err() {
             return;
         }
-        if is_refusal {
+        if form.is_kept {
+            continue;
+        }
+        if is_refusal || !connection.input.is_empty() {
             connection.wire.linger();
         }
-        if !form.is_kept {
-            return;
-        }
+        return;
     }
 }
 

@@ -16,6 +16,10 @@ pub(super) struct Seat {
     epoch: Instant,
     /// Whether the connection was ended in another's favour.
     is_evicted: AtomicBool,
+    /// Whether it shall be closed after the answer it is at.
+    is_asked_to_leave: AtomicBool,
+    /// Milliseconds from `epoch` to the beginning of the connection.
+    taken_at: AtomicU64,
 }
 
 /// What a connection is at.
@@ -42,12 +46,16 @@ impl Seat {
             state: AtomicU64::default(),
             epoch,
             is_evicted: AtomicBool::new(false),
+            is_asked_to_leave: AtomicBool::new(false),
+            taken_at: AtomicU64::default(),
         };
         seat.serving();
         seat
     }
 
     pub(super) fn take(&self, socket: &Arc<Socket>) {
+        self.taken_at
+            .store(self.milliseconds(Instant::now()), Ordering::SeqCst);
         *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(socket));
     }
 
@@ -57,6 +65,7 @@ impl Seat {
 
     pub(super) fn leave(&self) {
         self.is_evicted.store(false, Ordering::SeqCst);
+        self.is_asked_to_leave.store(false, Ordering::SeqCst);
         self.serving();
         *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -78,9 +87,28 @@ impl Seat {
         self.enter(State::Writing, Instant::now());
     }
 
+    /// When the connection began, if there is one that nobody has asked to leave yet.
+    pub(super) fn taken_at(&self) -> Option<u64> {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        (socket.is_some() && !self.is_asked_to_leave())
+            .then(|| self.taken_at.load(Ordering::SeqCst))
+    }
+
+    pub(super) fn ask_to_leave(&self) {
+        self.is_asked_to_leave.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_asked_to_leave(&self) -> bool {
+        self.is_asked_to_leave.load(Ordering::SeqCst)
+    }
+
+    fn milliseconds(&self, now: Instant) -> u64 {
+        let since = now.saturating_duration_since(self.epoch);
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX / STATES)
+    }
+
     fn enter(&self, state: State, now: Instant) {
-        let ms = now.saturating_duration_since(self.epoch).as_millis();
-        let ms = u64::try_from(ms).unwrap_or(u64::MAX / STATES);
+        let ms = self.milliseconds(now);
         // Who closes says so first and looks at the state then; here it is the other way round.
         self.state
             .store(ms * STATES + state as u64, Ordering::SeqCst);
