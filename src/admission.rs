@@ -96,10 +96,7 @@ impl Admission {
 
     fn decide(&self, delivery: Delivery) -> Admitted {
         let Some(bucket) = &self.enqueue else {
-            return match self.try_direct(delivery) {
-                Ok(()) => Admitted::Direct,
-                Err(_full) => Admitted::Refused,
-            };
+            return self.direct_or_refused(delivery);
         };
         let within_rate = bucket
             .lock()
@@ -125,6 +122,10 @@ impl Admission {
         if self.appender.append(row).is_ok() {
             return Admitted::Stored;
         }
+        self.direct_or_refused(delivery)
+    }
+
+    fn direct_or_refused(&self, delivery: Delivery) -> Admitted {
         match self.try_direct(delivery) {
             Ok(()) => Admitted::Direct,
             Err(_full) => Admitted::Refused,

@@ -64,9 +64,7 @@ impl Room {
 
     /// How many rows fit; 0 until a fair batch does, so that claims stay large under load.
     fn available(&self) -> usize {
-        let free = self
-            .limit
-            .saturating_sub(self.claimed.load(Ordering::Acquire));
+        let free = self.limit.saturating_sub(self.claimed());
         if free >= self.batch_min() { free } else { 0 }
     }
 

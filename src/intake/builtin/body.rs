@@ -63,7 +63,7 @@ fn is_timeout(error: &io::Error) -> bool {
 
 fn interrupted(error: &io::Error) -> Fault {
     match error.kind() {
-        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Fault::Refused(Answer::Timeout),
+        _ if is_timeout(error) => Fault::Refused(Answer::Timeout),
         io::ErrorKind::ConnectionAborted => Fault::Refused(Answer::Overloaded),
         _ => Fault::Gone,
     }
