@@ -72,6 +72,15 @@ impl Admission {
         !self.direct.is_full()
     }
 
+    /// Whether the next request is likely to be admitted without waiting for the store.
+    pub fn is_quick(&self) -> bool {
+        let has_token = |bucket: &Mutex<TokenBucket>| {
+            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            bucket.available(Instant::now()) > 0
+        };
+        self.enqueue.as_ref().is_none_or(has_token) && self.has_direct_room()
+    }
+
     /// Admits a request; returns once it is in the channel, committed, or refused.
     pub fn admit(&self, request: Request, permit: Permit) -> Admitted {
         let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
@@ -81,6 +90,29 @@ impl Admission {
             self.decide(Delivery::direct(Arc::new(request), permit))
         };
         drop(closed);
+        self.count(admitted);
+        admitted
+    }
+
+    /// Admits a request if that need not wait for the store; `None` if it must, and nothing is
+    /// counted.
+    pub fn admit_quickly(&self, request: Request, permit: Permit) -> Option<Admitted> {
+        let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
+        let admitted = if *closed {
+            Admitted::Refused
+        } else {
+            let delivery = Delivery::direct(Arc::new(request), permit);
+            match &self.enqueue {
+                None => self.direct_or_refused(delivery),
+                Some(bucket) => self.within_rate(bucket, delivery).ok()?,
+            }
+        };
+        drop(closed);
+        self.count(admitted);
+        Some(admitted)
+    }
+
+    fn count(&self, admitted: Admitted) {
         match admitted {
             Admitted::Direct => self.metrics.admitted_direct.inc(),
             Admitted::Stored => self.metrics.admitted_stored.inc(),
@@ -91,24 +123,30 @@ impl Admission {
                 }
             }
         }
-        admitted
     }
 
     fn decide(&self, delivery: Delivery) -> Admitted {
         let Some(bucket) = &self.enqueue else {
             return self.direct_or_refused(delivery);
         };
+        self.within_rate(bucket, delivery)
+            .unwrap_or_else(|delivery| self.store_or_direct(delivery))
+    }
+
+    /// Takes a delivery direct, as far as the rate, the memory and the channel allow.
+    fn within_rate(
+        &self,
+        bucket: &Mutex<TokenBucket>,
+        delivery: Delivery,
+    ) -> Result<Admitted, Delivery> {
         let within_rate = bucket
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .try_take(Instant::now());
         if !within_rate || delivery.is_memory_scarce() {
-            return self.store_or_direct(delivery);
+            return Err(delivery);
         }
-        match self.try_direct(delivery) {
-            Ok(()) => Admitted::Direct,
-            Err(delivery) => self.store_or_direct(delivery),
-        }
+        self.try_direct(delivery).map(|()| Admitted::Direct)
     }
 
     fn store_or_direct(&self, delivery: Delivery) -> Admitted {

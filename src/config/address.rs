@@ -174,8 +174,6 @@ fn take_over(name: Option<&str>) -> io::Result<Socket> {
             None => return Err(io::Error::other("systemd handed over no socket")),
         },
     };
-    // Threads wait for connections in `accept`.
-    socket.set_nonblocking(false)?;
     Ok(socket)
 }
 

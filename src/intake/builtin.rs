@@ -1,12 +1,14 @@
 //! The builtin acceptor: HTTP/1.1 and 1.0 on plain sockets, strict and bounded, for the open
 //! network.
 //!
-//! Each connection has a thread while it is open, of at most `max_connections`. Free threads
-//! wait in `accept`, so that no connection is handed from one to another; when all are taken,
-//! new connections wait in the kernel's backlog, and the steward ends idle ones in their favour.
+//! One thread, the front, takes in connections, waits for all idle ones, and answers what can be
+//! answered at once. A request that must be waited for (for its rest, or for the store) gets a
+//! thread until it is answered, of at most `max_connections`. When all places are taken, new
+//! connections wait in the kernel's backlog, and the front ends idle ones in their favour.
 
 pub mod body;
 mod connection;
+mod front;
 pub mod head;
 mod seat;
 
@@ -14,39 +16,36 @@ use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use socket2::{SockAddr, Socket, Type};
+use socket2::Socket;
 
 use super::Answer;
 use crate::budget::Permit;
 use crate::logger::LogLimit;
 use crate::thread::Threads;
+use connection::{Link, Rest};
+use front::{Front, Parked};
 pub use head::{Framing, Head};
 use seat::{Seat, State};
 
-/// Free threads: fewer, and another is started; more, and one that becomes free ends. At most a
-/// quarter of all, since each that waits in `accept` has its descriptor set aside already.
-const SPARE_MIN: usize = 2;
-const SPARE_MAX: usize = 64;
+/// Threads that wait for a connection to be handed over, however long.
+const THREADS_KEPT: usize = 2;
+/// How long any other waits before it ends.
+const THREAD_IDLE_MAX: Duration = Duration::from_secs(10);
 /// See [`Times::moment`].
 const BUSY_MOMENT: Duration = Duration::from_millis(100);
-/// Pause after an error of `accept`: none of them is cured by asking again at once.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A request that has been coming in, or an answer that has been going out, for so long is ended
 /// when others wait for its thread.
 const HELD_MS_MAX: u64 = 1000;
-/// Time for a thread whose connection was ended to take a waiting one.
-const STEWARD_PAUSE: Duration = Duration::from_millis(2);
+/// Time for a thread whose connection was ended to close it.
+const END_PAUSE: Duration = Duration::from_millis(2);
 /// The same for one that leaves after its answer.
 const ANSWER_PAUSE: Duration = Duration::from_millis(50);
-const STEWARD_LOOK: Duration = Duration::from_secs(1);
 
-static ACCEPT_FAILED: LogLimit = LogLimit::new();
 static CONNECTION_PANICKED: LogLimit = LogLimit::new();
 static NO_THREAD: LogLimit = LogLimit::new();
 
@@ -68,7 +67,19 @@ pub trait Service: Send + Sync + 'static {
     /// An empty permit, which grows with the body.
     fn permit(&self) -> Permit;
 
+    /// Answers a request, however long that takes.
     fn serve(&self, received: Received<'_>) -> Answer;
+
+    /// Whether requests that come now are likely to be served quickly.
+    fn is_quick(&self) -> bool {
+        false
+    }
+
+    /// Answers a request if that takes no waiting. Else it has changed nothing, and the same
+    /// request is served again.
+    fn serve_quickly(&self, _received: Received<'_>) -> Option<Answer> {
+        None
+    }
 
     /// Told of each request that is refused before it is served.
     fn refuse(&self, answer: Answer) -> Answer;
@@ -87,7 +98,7 @@ pub struct Times {
 }
 
 impl Times {
-    /// How long a connection counts as busy after an answer, and holds its buffer.
+    /// How long a connection keeps its thread after an answer.
     fn moment(&self) -> Duration {
         self.idle.min(BUSY_MOMENT)
     }
@@ -101,12 +112,14 @@ pub struct Acceptor<S> {
     times: Times,
     max_connections: usize,
     threads: Threads,
+    parked: Parked,
+    /// Connections open now.
+    open: Arc<AtomicUsize>,
+    handed_over: (Sender<(Link, Rest)>, Receiver<(Link, Rest)>),
     seats: Mutex<Vec<Arc<Seat>>>,
-    /// Threads that wait in `accept`, and all threads.
-    spare: AtomicUsize,
-    all: AtomicUsize,
-    /// Tells the steward that no thread is free.
-    full: (Sender<()>, Receiver<()>),
+    /// Threads that wait, less the connections that wait for them.
+    free: AtomicIsize,
+    started: AtomicUsize,
     epoch: Instant,
     is_closed: AtomicBool,
 }
@@ -146,18 +159,21 @@ impl<S: Service> Acceptor<S> {
             times,
             max_connections,
             threads: threads.clone(),
+            parked: Parked::new()?,
+            open: Arc::default(),
+            // One place for each: never full.
+            handed_over: bounded(max_connections),
             seats: Mutex::default(),
-            spare: AtomicUsize::new(0),
-            all: AtomicUsize::new(0),
-            full: bounded(1),
+            free: AtomicIsize::new(0),
+            started: AtomicUsize::new(0),
             epoch: Instant::now(),
             is_closed: AtomicBool::new(false),
         });
-        for _ in 0..SPARE_MIN.min(max_connections) {
+        for _ in 0..THREADS_KEPT.min(max_connections) {
             acceptor.add_thread()?;
         }
-        let steward = Arc::clone(&acceptor);
-        threads.spawn(format!("{name}-steward"), move || steward.keep_room())?;
+        let front = Front::new(Arc::clone(&acceptor))?;
+        threads.spawn(format!("{name}-front"), move || front.run())?;
         Ok(acceptor)
     }
 
@@ -165,35 +181,18 @@ impl<S: Service> Acceptor<S> {
     /// The service is to be draining before this is called.
     pub fn close(&self) {
         self.is_closed.store(true, Ordering::SeqCst);
-        // On Linux this makes `accept` return, and refuses new connections.
+        // On Linux this refuses new connections.
         if let Err(error) = self.listener.shutdown(std::net::Shutdown::Both) {
             log::warn!(error:%; "cannot stop listening");
         }
-        self.end_idle();
+        self.leave();
     }
 
     /// As [`Acceptor::close`], but for a listening socket that is others', too: new connections
     /// wait for whoever comes next.
     pub fn leave(&self) {
         self.is_closed.store(true, Ordering::SeqCst);
-        // Each ends one `accept`. One that goes to the next program is over before it begins.
-        for _ in 0..self.spare.load(Ordering::SeqCst) {
-            if let Err(error) = self.connect() {
-                log::warn!(error:%; "cannot stop accepting");
-                break;
-            }
-        }
-        self.end_idle();
-    }
-
-    fn connect(&self) -> io::Result<()> {
-        let address = self.listener.local_addr()?;
-        let socket = Socket::new(address.domain(), Type::STREAM, None)?;
-        socket.connect_timeout(&address, ACCEPT_PAUSE)
-    }
-
-    fn end_idle(&self) {
-        let _ = self.full.0.try_send(());
+        self.parked.wake();
         for seat in self.seats().iter() {
             let seen = seat.state();
             if seen.0 == State::Idle {
@@ -204,8 +203,7 @@ impl<S: Service> Acceptor<S> {
 
     /// Connections open now.
     pub fn connections(&self) -> usize {
-        let all = self.all.load(Ordering::Relaxed);
-        all.saturating_sub(self.spare.load(Ordering::Relaxed))
+        self.open.load(Ordering::SeqCst)
     }
 
     fn is_closed(&self) -> bool {
@@ -216,109 +214,84 @@ impl<S: Service> Acceptor<S> {
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts one more thread, unless there are as many as connections are allowed.
-    fn add_thread(self: &Arc<Self>) -> io::Result<()> {
-        let number = self.all.fetch_add(1, Ordering::Relaxed);
-        if number >= self.max_connections {
-            self.all.fetch_sub(1, Ordering::Relaxed);
-            return Ok(());
+    /// Gives a connection to a thread that is free, or to a new one.
+    fn hand_over(self: &Arc<Self>, link: Link, rest: Rest) {
+        if self.free.fetch_sub(1, Ordering::SeqCst) <= 0
+            && let Err(error) = self.add_thread()
+            && let Some(suppressed) = NO_THREAD.allow()
+        {
+            // It waits for one of those that are there.
+            log::error!(error:%, suppressed; "no more threads for connections, see server.max_connections");
         }
-        self.spare.fetch_add(1, Ordering::SeqCst);
+        if self.handed_over.0.try_send((link, rest)).is_err() {
+            self.free.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn add_thread(self: &Arc<Self>) -> io::Result<()> {
+        let number = self.started.fetch_add(1, Ordering::Relaxed) + 1;
+        self.free.fetch_add(1, Ordering::SeqCst);
         let acceptor = Arc::clone(self);
-        let name = format!("{}-{}", self.name, number + 1);
-        let started = self.threads.spawn_spare(name, move || acceptor.run());
+        let name = format!("{}-{number}", self.name);
+        let started = self
+            .threads
+            .spawn_spare(name, move || acceptor.run(number <= THREADS_KEPT));
         if started.is_err() {
-            self.spare.fetch_sub(1, Ordering::SeqCst);
-            self.all.fetch_sub(1, Ordering::Relaxed);
+            self.free.fetch_sub(1, Ordering::SeqCst);
         }
         started
     }
 
-    /// Serves one connection after the other. Comes in, and waits, as a spare thread.
-    fn run(self: &Arc<Self>) {
+    /// Serves one connection after the other. Comes in, and waits, as a free thread.
+    fn run(&self, is_kept: bool) {
         let seat = Arc::new(Seat::new(self.epoch));
         self.seats().push(Arc::clone(&seat));
-        let spare_max = (self.max_connections / 4).clamp(SPARE_MIN, SPARE_MAX);
-        loop {
-            if self.is_closed() {
-                self.spare.fetch_sub(1, Ordering::SeqCst);
-                break;
-            }
-            // In one step, so that not all can leave at once.
-            let one_less = |spare: usize| (spare > spare_max).then(|| spare - 1);
-            let order = Ordering::SeqCst;
-            if self.spare.fetch_update(order, order, one_less).is_ok() {
-                break;
-            }
-            match self.listener.accept() {
-                Ok((socket, address)) => self.occupy(&seat, socket, &address),
-                Err(error) => self.pause_after(&error),
-            }
+        while let Some((link, rest)) = self.next(is_kept) {
+            self.occupy(&seat, link, rest);
+            self.free.fetch_add(1, Ordering::SeqCst);
         }
         self.seats().retain(|other| !Arc::ptr_eq(other, &seat));
-        self.all.fetch_sub(1, Ordering::Relaxed);
     }
 
-    fn occupy(self: &Arc<Self>, seat: &Seat, socket: Socket, address: &SockAddr) {
-        if self.spare.fetch_sub(1, Ordering::SeqCst) <= SPARE_MIN
-            && let Err(error) = self.add_thread()
-            && let Some(suppressed) = NO_THREAD.allow()
-        {
-            log::error!(error:%, suppressed; "no more threads for connections, see server.max_connections");
+    /// Waits for a connection; `None` when the thread is to end.
+    fn next(&self, is_kept: bool) -> Option<(Link, Rest)> {
+        let waiting = &self.handed_over.1;
+        loop {
+            if is_kept {
+                return waiting.recv().ok();
+            }
+            if let Ok(connection) = waiting.recv_timeout(THREAD_IDLE_MAX) {
+                return Some(connection);
+            }
+            // In one step, so that nobody counts on it any more.
+            let one_less = |free: isize| (free > 0).then(|| free - 1);
+            let order = Ordering::SeqCst;
+            if self.free.fetch_update(order, order, one_less).is_ok() {
+                return None;
+            }
         }
-        if self.spare.load(Ordering::SeqCst) == 0 {
-            let _ = self.full.0.try_send(());
-        }
-        let socket = Arc::new(socket);
-        seat.take(&socket);
-        let peer = address.as_socket().map(|address| address.ip());
+    }
+
+    fn occupy(&self, seat: &Seat, link: Link, rest: Rest) {
+        seat.take(&link.socket, link.opened_at);
         let served = catch_unwind(AssertUnwindSafe(|| {
-            connection::serve(&*self.service, &self.times, &socket, peer, seat);
+            connection::serve(&*self.service, &self.times, link, rest, seat)
         }));
         seat.leave();
-        // Spare again before the connection is closed, and so before its end is seen.
-        self.spare.fetch_add(1, Ordering::SeqCst);
-        if served.is_err()
-            && let Some(suppressed) = CONNECTION_PANICKED.allow()
-        {
-            log::error!(suppressed; "a panic ended a connection: please report it");
-        }
-    }
-
-    /// No error of `accept` ends the service.
-    fn pause_after(&self, error: &io::Error) {
-        use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
-        if self.is_closed() || matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted)
-        {
-            return;
-        }
-        if let Some(suppressed) = ACCEPT_FAILED.allow() {
-            log::error!(error:%, suppressed; "no connection can be accepted at the moment");
-        }
-        std::thread::sleep(ACCEPT_PAUSE);
-    }
-
-    /// The steward: while connections wait and no thread is free, ends the one that is idle
-    /// longest, or else one whose sender has taken long to send its request or to take its answer,
-    /// or else asks the one that has been here longest to leave after its answer.
-    fn keep_room(&self) {
-        while self.full.1.recv().is_ok() && !self.is_closed() {
-            while self.spare.load(Ordering::SeqCst) == 0 && !self.is_closed() {
-                if self.has_waiting() {
-                    std::thread::sleep(self.end_one());
+        match served {
+            Ok(Some(idle)) => self.parked.park(idle),
+            Ok(None) => {}
+            Err(_panic) => {
+                if let Some(suppressed) = CONNECTION_PANICKED.allow() {
+                    log::error!(suppressed; "a panic ended a connection: please report it");
                 }
             }
         }
     }
 
-    /// Whether a connection waits, or comes within a second.
-    fn has_waiting(&self) -> bool {
-        let mut listener = [PollFd::new(&self.listener, PollFlags::IN)];
-        let look = Timespec::try_from(STEWARD_LOOK).ok();
-        matches!(poll(&mut listener, look.as_ref()), Ok(1..))
-    }
-
-    /// Ends one connection; returns how long to wait for what comes of it.
+    /// Ends one connection that a thread is at: one whose sender has taken long to send its
+    /// request or to take its answer, or else the one that has been here longest, after its
+    /// answer. Returns how long to wait for what comes of it.
     fn end_one(&self) -> Duration {
         let now = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
         let seats = self.seats();
@@ -333,7 +306,7 @@ impl<S: Service> Acceptor<S> {
             .min_by_key(|(state, _)| *state);
         if let Some((seen, seat)) = longest {
             seat.stop(seen);
-            return STEWARD_PAUSE;
+            return END_PAUSE;
         }
         // All are at work. Whoever has been here longest leaves after the next answer: one who
         // sends without pause would keep the place for ever.

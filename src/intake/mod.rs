@@ -139,24 +139,12 @@ impl Intake {
         self.draining.load(Ordering::SeqCst)
     }
 
-    /// Records a request that was read whole and admits it.
-    pub fn accept<'a>(
-        &self,
-        method: &str,
-        target: &str,
-        fields: impl Iterator<Item = (&'a str, &'a [u8])> + Clone,
-        peer: Peer<'_>,
-        body: Vec<u8>,
-        permit: Permit,
-    ) -> Answer {
-        let recorded = Request::record(method, target, fields, peer, body, SystemTime::now());
-        match recorded {
-            Err(why) => self.refuse(Answer::Invalid(why)),
+    /// What the sender of a request is told that was admitted or not.
+    pub fn answer(&self, admitted: Admitted) -> Answer {
+        match admitted {
+            Admitted::Direct | Admitted::Stored => Answer::Accepted(self.response_status),
             // Admission counts its own refusals.
-            Ok(request) => match self.admission.admit(request, permit) {
-                Admitted::Direct | Admitted::Stored => Answer::Accepted(self.response_status),
-                Admitted::Refused => Answer::Overloaded,
-            },
+            Admitted::Refused => Answer::Overloaded,
         }
     }
 
@@ -173,6 +161,20 @@ impl Intake {
     }
 }
 
+impl builtin::Received<'_> {
+    fn record(self) -> Result<(Request, Permit), Invalid> {
+        let head = self.head;
+        let peer = Peer {
+            ip: self.peer,
+            host: head.host,
+        };
+        let fields = head.fields.iter().map(|field| (field.name, field.value));
+        let now = SystemTime::now();
+        let request = Request::record(head.method, head.target, fields, peer, self.body, now)?;
+        Ok((request, self.permit))
+    }
+}
+
 impl builtin::Service for Intake {
     fn body_bytes_max(&self) -> usize {
         self.body_bytes_max
@@ -184,19 +186,29 @@ impl builtin::Service for Intake {
 
     fn serve(&self, received: builtin::Received<'_>) -> Answer {
         let _busy = Busy::new(&self.metrics.busy_intake);
-        let head = received.head;
-        let path = self.metrics.path(path_of(head.target));
+        let path = self.metrics.path(path_of(received.head.target));
         path.requests.inc();
-        let peer = Peer {
-            ip: received.peer,
-            host: head.host,
+        let started = received.started;
+        let answer = match received.record() {
+            Err(why) => self.refuse(Answer::Invalid(why)),
+            Ok((request, permit)) => self.answer(self.admission.admit(request, permit)),
         };
-        let fields = head.fields.iter().map(|field| (field.name, field.value));
-        let (body, permit) = (received.body, received.permit);
-        let answer = self.accept(head.method, head.target, fields, peer, body, permit);
-        path.answer_seconds
-            .observe(received.started.elapsed().as_secs_f64());
+        path.answer_seconds.observe(started.elapsed().as_secs_f64());
         answer
+    }
+
+    fn is_quick(&self) -> bool {
+        self.admission.is_quick()
+    }
+
+    fn serve_quickly(&self, received: builtin::Received<'_>) -> Option<Answer> {
+        let path = self.metrics.path(path_of(received.head.target));
+        let started = received.started;
+        let (request, permit) = received.record().ok()?;
+        let admitted = self.admission.admit_quickly(request, permit)?;
+        path.requests.inc();
+        path.answer_seconds.observe(started.elapsed().as_secs_f64());
+        Some(self.answer(admitted))
     }
 
     fn refuse(&self, answer: Answer) -> Answer {

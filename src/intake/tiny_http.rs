@@ -15,7 +15,7 @@ use super::{Answer, Intake};
 use crate::budget::Permit;
 use crate::logger::LogLimit;
 use crate::metrics::Busy;
-use crate::request::{Peer, path_of};
+use crate::request::{Peer, Request, path_of};
 
 /// Threads that read bodies and answer: as many requests can be on their way into one commit.
 pub const THREADS: usize = 64;
@@ -115,8 +115,15 @@ impl Acceptor {
             host: find(request, "Host").map(str::as_bytes),
         };
         let method = request.method().to_string();
-        self.intake
-            .accept(&method, request.url(), fields, peer, body, permit)
+        let now = SystemTime::now();
+        let recorded = Request::record(&method, request.url(), fields, peer, body, now);
+        match recorded {
+            Err(why) => self.intake.refuse(Answer::Invalid(why)),
+            Ok(recorded) => {
+                let admitted = self.intake.admission.admit(recorded, permit);
+                self.intake.answer(admitted)
+            }
+        }
     }
 
     fn read_body(&self, request: &mut Incoming, permit: &mut Permit) -> Result<Vec<u8>, Answer> {

@@ -56,10 +56,6 @@ impl Source for Pieces<'_> {
         Ok(size)
     }
 
-    fn wait_idle(&mut self) -> io::Result<()> {
-        unreachable!("a read here never waits")
-    }
-
     fn send_continue(&mut self) -> io::Result<()> {
         self.continues += 1;
         Ok(())
@@ -104,7 +100,7 @@ fn read_one(input: &mut Input, source: &mut Pieces<'_>) -> Result<Seen, Fault> {
 /// The status a fault is answered with, if it is answered.
 pub fn status(fault: &Fault) -> Option<u16> {
     match fault {
-        Fault::Gone => None,
+        Fault::Gone | Fault::Idle => None,
         Fault::Refused(answer) => Some(Answer::status(answer)),
     }
 }

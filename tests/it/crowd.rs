@@ -56,7 +56,9 @@ fn a_sender_beside_900_hostile_ones_is_served_as_ever() {
             (Manner::Idle, 300),
         ],
     );
-    wait_until("a thread for each", || proxy.usage().threads >= 900);
+    wait_until("a thread for each that sends", || {
+        proxy.usage().threads >= 600
+    });
     // A machine that is busy with other tests delays anything now and then, so one round of
     // several has to be in time. A sender that is made to wait for others waits in each of them.
     let mut measured = Vec::new();
@@ -92,7 +94,7 @@ fn a_sender_beside_900_hostile_ones_is_served_as_ever() {
     // Threads beyond the spare ones go, and with them the descriptors.
     wait_until("threads that end", || {
         let after = proxy.usage();
-        after.threads <= before.threads + 70 && after.descriptors <= before.descriptors + 70
+        after.threads <= before.threads + 8 && after.descriptors <= before.descriptors + 8
     });
 }
 

@@ -8,6 +8,8 @@ use crate::intake::Answer;
 
 /// What one read takes at most, while nothing larger is under way.
 const BUFFER_BYTES: usize = 16 * 1024;
+/// What is received at once without waiting: most requests in whole.
+const RECEIVED_BYTES: usize = 64 * 1024;
 /// Empty lines before a request that are overlooked (RFC 9112 §2.2).
 const EMPTY_LINES_MAX: usize = 2;
 /// Longest line that tells a chunk's size, with its extensions.
@@ -21,12 +23,6 @@ pub trait Source {
     /// The system's; `TimedOut` or `WouldBlock` when the moment is over.
     fn read_first(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
 
-    /// Waits until there is something to read, as long as an idle connection may be kept.
-    ///
-    /// # Errors
-    /// As [`Source::read_first`].
-    fn wait_idle(&mut self) -> io::Result<()>;
-
     /// Waits for more of a request, until that request's deadline.
     ///
     /// # Errors
@@ -38,13 +34,21 @@ pub trait Source {
     /// # Errors
     /// The system's.
     fn send_continue(&mut self) -> io::Result<()>;
+
+    /// Whether the others may be called at all. If not, a request that is not here in whole ends
+    /// with [`Fault::Idle`], and what was received of it stays where it is.
+    fn can_wait(&self) -> bool {
+        true
+    }
 }
 
 /// Why no request could be read.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The sender has closed the connection, or was idle for too long. Nothing to answer.
+    /// The sender has closed the connection. Nothing to answer.
     Gone,
+    /// No request has begun within the moment, or what there is of one may not be waited for.
+    Idle,
     Refused(Answer),
 }
 
@@ -111,7 +115,44 @@ impl Input {
         &mut self.buffer[self.end..]
     }
 
+    /// Forgets what it holds, for bytes that are received without waiting for them: the room for
+    /// them, of which [`Input::received`] tells how much was filled.
+    pub fn anew(&mut self) -> &mut [u8] {
+        (self.start, self.end) = (0, 0);
+        if self.buffer.len() < RECEIVED_BYTES {
+            self.buffer = vec![0; RECEIVED_BYTES];
+        }
+        &mut self.buffer
+    }
+
+    pub fn received(&mut self, bytes: usize) {
+        self.end = bytes;
+    }
+
+    /// Where the unused bytes begin and end, for [`Input::since`].
+    pub fn mark(&self) -> (usize, usize) {
+        (self.start, self.end)
+    }
+
+    /// The bytes that were unused at `mark`, however many of them have been used since by a
+    /// [`Source`] that cannot wait.
+    pub fn since(&self, mark: (usize, usize)) -> &[u8] {
+        &self.buffer[mark.0..mark.1]
+    }
+
+    /// An input that goes on with bytes that another received.
+    pub fn holding(received: Vec<u8>) -> Input {
+        Input {
+            start: 0,
+            end: received.len(),
+            buffer: received,
+        }
+    }
+
     fn fill(&mut self, source: &mut impl Source) -> Result<(), Fault> {
+        if !source.can_wait() {
+            return Err(Fault::Idle);
+        }
         match source.read_more(self.room()) {
             Ok(0) => Err(Fault::Refused(Answer::CutShort)),
             Ok(bytes) => {
@@ -124,18 +165,15 @@ impl Input {
 
     /// Waits for the first bytes of a request.
     fn begin(&mut self, source: &mut impl Source) -> Result<(), Fault> {
+        if !source.can_wait() {
+            return Err(Fault::Idle);
+        }
         if self.buffer.len() > BUFFER_BYTES {
             // Was for a request that is over.
             self.buffer = Vec::new();
         }
-        let mut first = source.read_first(self.room());
-        if first.as_ref().is_err_and(is_timeout) {
-            // Idle connections are many and long: none of them holds a buffer.
-            self.buffer = Vec::new();
-            source.wait_idle().map_err(|_| Fault::Gone)?;
-            first = source.read_first(self.room());
-        }
-        match first {
+        match source.read_first(self.room()) {
+            Err(error) if is_timeout(&error) => Err(Fault::Idle),
             Ok(0) | Err(_) => Err(Fault::Gone),
             Ok(bytes) => {
                 self.end += bytes;
@@ -193,6 +231,9 @@ impl Input {
         match framing {
             Framing::Length(length) => {
                 let length = within(0, length, bytes_max)?;
+                if !source.can_wait() && length > self.unused().len() {
+                    return Err(Fault::Idle);
+                }
                 self.read_bytes(source, length, &mut body, permit)?;
             }
             Framing::Chunked => self.read_chunks(source, bytes_max, &mut body, permit)?,

@@ -1,9 +1,11 @@
-//! One connection: requests in, answers out, one after the other, each within its time.
+//! One connection on a thread of its own: requests in, answers out, one after the other, each
+//! within its time.
 
 use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Shutdown};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use socket2::Socket;
@@ -22,57 +24,126 @@ const LINGER_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// A connection that waits for its next request keeps no larger head than this.
 const HEAD_BYTES_KEPT: usize = 4096;
 
-/// Serves a connection to its end.
+/// An open connection, wherever it is.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub socket: Arc<Socket>,
+    pub peer: Option<IpAddr>,
+    pub opened_at: Instant,
+    /// Counts it as open.
+    pub _open: Open,
+}
+
+/// Counts one open connection until it is dropped.
+#[derive(Debug)]
+pub(super) struct Open(Arc<AtomicUsize>);
+
+impl Open {
+    pub(super) fn new(count: &Arc<AtomicUsize>) -> Open {
+        count.fetch_add(1, Ordering::SeqCst);
+        Open(Arc::clone(count))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// What is left to be done on a connection that must be waited for.
+#[derive(Debug)]
+pub(super) struct Rest {
+    /// Received and not used. Of a request that began at `begun`.
+    pub input: Vec<u8>,
+    pub begun: Instant,
+    /// Still to be sent of an answer.
+    pub output: Vec<u8>,
+    /// Whether more requests may come.
+    pub is_kept: bool,
+}
+
+/// Serves a connection until it ends (`None`) or is idle.
 pub(super) fn serve(
     service: &impl Service,
     times: &Times,
-    socket: &Arc<Socket>,
-    peer: Option<IpAddr>,
+    link: Link,
+    rest: Rest,
     seat: &Seat,
-) {
+) -> Option<Link> {
     let mut connection = Connection {
         service,
-        peer,
+        peer: link.peer,
         wire: Wire {
-            socket,
+            socket: &link.socket,
             times,
             seat,
-            deadline: None,
+            deadline: Some(rest.begun + times.request),
             has_other_timeout: true,
         },
-        input: Input::default(),
+        input: Input::holding(rest.input),
         head: Vec::new(),
     };
-    let mut rendered = Rendered::default();
-    loop {
-        let (answer, mut form, is_refusal) = match connection.next() {
-            Ok((answer, form)) => (answer, form, false),
-            Err(Fault::Gone) => return,
-            // Nobody knows how much of the request is still to come.
-            Err(Fault::Refused(answer)) => (service.refuse(answer), Form::LAST, true),
-        };
-        form.is_kept &= !service.is_draining() && !seat.is_asked_to_leave();
-        let bytes = rendered.bytes(answer, form);
-        connection.wire.seat.writing();
-        if connection.wire.write(bytes).is_err() {
-            return;
-        }
-        if form.is_kept {
-            continue;
-        }
-        if is_refusal || !connection.input.is_empty() {
-            connection.wire.linger();
-        }
-        return;
+    if !rest.output.is_empty() {
+        seat.writing();
+        connection.wire.write(&rest.output).ok()?;
     }
+    if !rest.is_kept {
+        connection.linger_if(false);
+        return None;
+    }
+    let is_idle = connection.run();
+    is_idle.then_some(link)
+}
+
+/// Reads the next request and has it served.
+pub(super) fn receive<S: Service, A>(
+    service: &S,
+    peer: Option<IpAddr>,
+    input: &mut Input,
+    source: &mut impl Source,
+    bytes: &mut Vec<u8>,
+    serve: impl FnOnce(Received<'_>) -> A,
+) -> Result<(A, Form), Fault> {
+    input.read_head(source, bytes)?;
+    let started = Instant::now();
+    let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
+    let head = Head::parse(bytes, &mut fields)?;
+    let mut permit = service.permit();
+    if !permit.try_grow(bytes.len()) {
+        return Err(Answer::Overloaded.into());
+    }
+    let bytes_max = service.body_bytes_max();
+    if let Framing::Length(length) = head.framing
+        && length > bytes_max as u64
+    {
+        return Err(Answer::TooLarge.into());
+    }
+    if head.expects_continue && !input.holds(head.framing) {
+        source.send_continue().map_err(|_| Fault::Gone)?;
+    }
+    let body = input.read_body(source, head.framing, bytes_max, &mut permit)?;
+    let served = serve(Received {
+        head: &head,
+        peer,
+        body,
+        permit,
+        started,
+    });
+    let form = Form {
+        is_head: head.method == "HEAD",
+        is_11: head.is_11,
+        is_kept: head.keep_alive,
+    };
+    Ok((served, form))
 }
 
 /// What the form of an answer depends on, besides the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Form {
+pub(super) struct Form {
     is_head: bool,
     is_11: bool,
-    is_kept: bool,
+    pub(super) is_kept: bool,
 }
 
 impl Form {
@@ -95,13 +166,13 @@ impl Form {
 
 /// The last answer as it was sent: within a second nearly all are alike.
 #[derive(Default)]
-struct Rendered {
+pub(super) struct Rendered {
     of: Option<(Answer, Form, u64)>,
     bytes: Vec<u8>,
 }
 
 impl Rendered {
-    fn bytes(&mut self, answer: Answer, form: Form) -> &[u8] {
+    pub(super) fn bytes(&mut self, answer: Answer, form: Form) -> &[u8] {
         let now = SystemTime::now();
         let since = now.duration_since(SystemTime::UNIX_EPOCH);
         let of = Some((answer, form, since.unwrap_or_default().as_secs()));
@@ -124,13 +195,47 @@ struct Connection<'a, S> {
 }
 
 impl<S: Service> Connection<'_, S> {
-    /// Reads the next request and has it answered.
+    /// Serves requests as long as they come; tells whether the connection is idle, not over.
+    fn run(&mut self) -> bool {
+        let mut rendered = Rendered::default();
+        loop {
+            let (answer, mut form, is_refusal) = match self.next() {
+                Ok((answer, form)) => (answer, form, false),
+                Err(Fault::Idle) => return true,
+                Err(Fault::Gone) => return false,
+                // Nobody knows how much of the request is still to come.
+                Err(Fault::Refused(answer)) => (self.service.refuse(answer), Form::LAST, true),
+            };
+            form.is_kept &= !self.service.is_draining() && !self.wire.seat.is_asked_to_leave();
+            self.wire.seat.writing();
+            let bytes = rendered.bytes(answer, form);
+            if self.wire.write(bytes).is_err() {
+                return false;
+            }
+            if !form.is_kept {
+                self.linger_if(is_refusal);
+                return false;
+            }
+            self.wire.deadline = None;
+            // What need not wait is for the front.
+            if self.input.is_empty() && self.service.is_quick() {
+                return true;
+            }
+        }
+    }
+
+    fn linger_if(&mut self, is_refusal: bool) {
+        if is_refusal || !self.input.is_empty() {
+            self.wire.linger();
+        }
+    }
+
     fn next(&mut self) -> Result<(Answer, Form), Fault> {
-        self.wire.deadline = None;
+        let seat = self.wire.seat;
         if self.input.is_empty() {
-            self.wire.seat.idle();
+            seat.idle();
         } else {
-            self.wire.seat.reading(Instant::now());
+            seat.reading(Instant::now());
         }
         if self.head.capacity() > HEAD_BYTES_KEPT {
             self.head = Vec::new();
@@ -139,40 +244,18 @@ impl<S: Service> Connection<'_, S> {
             // Idle too late to be found by whoever closes idle connections.
             let _ = self.wire.socket.shutdown(Shutdown::Read);
         }
-        self.input.read_head(&mut self.wire, &mut self.head)?;
-        let started = Instant::now();
-        let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
-        let head = Head::parse(&self.head, &mut fields)?;
-        let mut permit = self.service.permit();
-        if !permit.try_grow(self.head.len()) {
-            return Err(Answer::Overloaded.into());
-        }
-        let bytes_max = self.service.body_bytes_max();
-        if let Framing::Length(length) = head.framing
-            && length > bytes_max as u64
-        {
-            return Err(Answer::TooLarge.into());
-        }
-        if head.expects_continue && !self.input.holds(head.framing) {
-            self.wire.send_continue().map_err(|_| Fault::Gone)?;
-        }
-        let body = self
-            .input
-            .read_body(&mut self.wire, head.framing, bytes_max, &mut permit)?;
-        self.wire.seat.serving();
-        let answer = self.service.serve(Received {
-            head: &head,
-            peer: self.peer,
-            body,
-            permit,
-            started,
-        });
-        let form = Form {
-            is_head: head.method == "HEAD",
-            is_11: head.is_11,
-            is_kept: head.keep_alive,
-        };
-        Ok((answer, form))
+        let service = self.service;
+        receive(
+            service,
+            self.peer,
+            &mut self.input,
+            &mut self.wire,
+            &mut self.head,
+            |received| {
+                seat.serving();
+                service.serve(received)
+            },
+        )
     }
 }
 
@@ -242,12 +325,6 @@ impl Source for Wire<'_> {
             0 if self.seat.is_evicted() => Err(io::ErrorKind::ConnectionAborted.into()),
             bytes => Ok(bytes),
         }
-    }
-
-    fn wait_idle(&mut self) -> io::Result<()> {
-        self.set_read_timeout(self.times.idle.saturating_sub(self.times.moment()))?;
-        // Whatever it is, the next read gets it.
-        self.socket.peek(&mut [MaybeUninit::uninit()]).map(drop)
     }
 
     fn send_continue(&mut self) -> io::Result<()> {

@@ -53,9 +53,9 @@ impl Seat {
         seat
     }
 
-    pub(super) fn take(&self, socket: &Arc<Socket>) {
+    pub(super) fn take(&self, socket: &Arc<Socket>, opened_at: Instant) {
         self.taken_at
-            .store(self.milliseconds(Instant::now()), Ordering::SeqCst);
+            .store(self.milliseconds(opened_at), Ordering::SeqCst);
         *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(socket));
     }
 

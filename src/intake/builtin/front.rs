@@ -1,0 +1,462 @@
+//! The front: one thread that takes in connections, waits for all idle ones at once, and answers
+//! whole requests that need not wait for anything. All else it hands over to a thread.
+//!
+//! Waking a thread for each request costs more than the request: this way, under load, one
+//! thread is never asleep, and idle connections cost no stack.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::buffer::spare_capacity;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use socket2::SockAddr;
+
+use super::body::{Input, Source};
+use super::connection::{Link, Open, Rendered, Rest, receive};
+use super::{Acceptor, CONNECTION_PANICKED, Service};
+use crate::logger::LogLimit;
+
+/// Events of one look, and connections taken in at once.
+const EVENTS_MAX: usize = 64;
+/// What events that are no connection's are known by.
+const LISTENER: u64 = u64::MAX;
+const WAKE: u64 = u64::MAX - 1;
+/// How often connections are looked for that have been idle for too long.
+const LOOK_MIN: Duration = Duration::from_millis(10);
+const LOOK_MAX: Duration = Duration::from_secs(1);
+/// A connection is left so long to send its first or next request, whoever waits for its place.
+const GRACE: Duration = Duration::from_millis(10);
+/// Pause after an error of `accept`: none of them is cured by asking again at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+static ACCEPT_FAILED: LogLimit = LogLimit::new();
+static NOT_WATCHED: LogLimit = LogLimit::new();
+
+/// The connections that wait for their next request.
+#[derive(Debug)]
+pub(super) struct Parked {
+    epoll: OwnedFd,
+    wake: OwnedFd,
+    waiting: Mutex<Waiting>,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    by_descriptor: HashMap<RawFd, Idle>,
+    is_closed: bool,
+}
+
+#[derive(Debug)]
+struct Idle {
+    link: Link,
+    since: Instant,
+}
+
+impl Parked {
+    /// # Errors
+    /// The system's.
+    pub(super) fn new() -> io::Result<Parked> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let data = epoll::EventData::new_u64(WAKE);
+        epoll::add(&epoll, &wake, data, epoll::EventFlags::IN)?;
+        Ok(Parked {
+            epoll,
+            wake,
+            waiting: Mutex::default(),
+        })
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves a connection to the front. Closes it when the front has closed.
+    pub(super) fn park(&self, link: Link) {
+        let mut waiting = self.waiting();
+        if waiting.is_closed {
+            return;
+        }
+        let descriptor = link.socket.as_raw_fd();
+        let data = epoll::EventData::new_u64(u64::try_from(descriptor).unwrap_or(WAKE));
+        // Told once for each arrival: what is told again and again costs a look each time.
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+        match epoll::add(&self.epoll, &link.socket, data, flags) {
+            Ok(()) => {
+                let since = Instant::now();
+                let idle = Idle { link, since };
+                waiting.by_descriptor.insert(descriptor, idle);
+            }
+            Err(error) => {
+                if let Some(suppressed) = NOT_WATCHED.allow() {
+                    log::error!(error:%, suppressed; "connection closed, it cannot be waited for");
+                }
+            }
+        }
+    }
+
+    /// Makes the front look whether it shall close.
+    pub(super) fn wake(&self) {
+        // Fails only when it has been told 2^64 times.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+}
+
+/// The thread's side.
+pub(super) struct Front<S> {
+    acceptor: Arc<Acceptor<S>>,
+    quick: Quick,
+    /// `None` while connections are taken in; else when to take them in again.
+    listen_at: Option<Instant>,
+    look_at: Option<Instant>,
+    look: Duration,
+}
+
+impl<S: Service> Front<S> {
+    /// # Errors
+    /// The system's.
+    pub(super) fn new(acceptor: Arc<Acceptor<S>>) -> io::Result<Front<S>> {
+        // A connection that is gone before it is taken in must not hold up all others.
+        acceptor.listener.set_nonblocking(true)?;
+        let look = (acceptor.times.idle / 8).clamp(LOOK_MIN, LOOK_MAX);
+        let front = Front {
+            acceptor,
+            quick: Quick::default(),
+            listen_at: None,
+            look_at: None,
+            look,
+        };
+        front.listen()?;
+        Ok(front)
+    }
+
+    fn listen(&self) -> io::Result<()> {
+        let data = epoll::EventData::new_u64(LISTENER);
+        let epoll = &self.acceptor.parked.epoll;
+        Ok(epoll::add(
+            epoll,
+            &self.acceptor.listener,
+            data,
+            epoll::EventFlags::IN,
+        )?)
+    }
+
+    /// Runs until the acceptor is closed.
+    pub(super) fn run(mut self) {
+        let mut events = Vec::with_capacity(EVENTS_MAX);
+        loop {
+            events.clear();
+            let timeout = self
+                .timeout(Instant::now())
+                .and_then(|timeout| Timespec::try_from(timeout).ok());
+            let parked = &self.acceptor.parked;
+            let waited = epoll::wait(&parked.epoll, spare_capacity(&mut events), timeout.as_ref());
+            if self.acceptor.is_closed() {
+                return self.close();
+            }
+            match waited {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    log::error!(error:%; "connections cannot be waited for");
+                    return;
+                }
+            }
+            for event in &events {
+                match { event.data }.u64() {
+                    LISTENER => self.accept(),
+                    WAKE => {}
+                    descriptor => {
+                        let hung_up = { event.flags }.contains(epoll::EventFlags::RDHUP);
+                        self.visit(RawFd::try_from(descriptor).unwrap_or(-1), hung_up, false);
+                    }
+                }
+            }
+            self.be_on_time(Instant::now());
+        }
+    }
+
+    /// How long to wait for events: without open connections, as long as it takes.
+    fn timeout(&mut self, now: Instant) -> Option<Duration> {
+        if self.acceptor.connections() == 0 {
+            self.look_at = None;
+        } else {
+            self.look_at.get_or_insert(now + self.look);
+        }
+        let next = [self.listen_at, self.look_at].into_iter().flatten().min()?;
+        Some(next.saturating_duration_since(now))
+    }
+
+    /// Does what is due by now.
+    fn be_on_time(&mut self, now: Instant) {
+        if self.listen_at.is_some_and(|at| at <= now) {
+            self.listen_at = match self.listen() {
+                Ok(()) => None,
+                Err(_) => Some(now + ACCEPT_PAUSE),
+            };
+        }
+        if self.look_at.is_some_and(|at| at <= now) {
+            self.look_at = None;
+            let idle_max = self.acceptor.times.idle;
+            let expired = |idle: &Idle| now.saturating_duration_since(idle.since) >= idle_max;
+            self.end_those(expired);
+        }
+    }
+
+    /// Ends connections; what has arrived already is answered.
+    fn end_those(&mut self, which: impl Fn(&Idle) -> bool) {
+        let waiting = self.acceptor.parked.waiting();
+        let chosen = waiting.by_descriptor.iter();
+        let chosen: Vec<RawFd> = chosen
+            .filter(|(_, idle)| which(idle))
+            .map(|(descriptor, _)| *descriptor)
+            .collect();
+        drop(waiting);
+        for descriptor in chosen {
+            self.visit(descriptor, false, true);
+        }
+    }
+
+    fn close(&mut self) {
+        self.acceptor.parked.waiting().is_closed = true;
+        self.end_those(|_| true);
+    }
+
+    fn accept(&mut self) {
+        for number in 0..EVENTS_MAX {
+            if self.acceptor.connections() >= self.acceptor.max_connections {
+                // The first is known to be there.
+                if number > 0 && !self.has_waiting() {
+                    return;
+                }
+                if let Some(pause) = self.make_room() {
+                    return self.pause(pause);
+                }
+            }
+            match self.acceptor.listener.accept() {
+                Ok((socket, address)) => {
+                    let link = Link {
+                        socket: Arc::new(socket),
+                        peer: SockAddr::as_socket(&address).map(|address| address.ip()),
+                        opened_at: Instant::now(),
+                        _open: Open::new(&self.acceptor.open),
+                    };
+                    self.acceptor.parked.park(link);
+                }
+                Err(error) => {
+                    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+                    if matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted)
+                        || self.acceptor.is_closed()
+                    {
+                        return;
+                    }
+                    // None of them ends the service.
+                    if let Some(suppressed) = ACCEPT_FAILED.allow() {
+                        log::error!(error:%, suppressed; "no connection can be accepted at the moment");
+                    }
+                    return self.pause(ACCEPT_PAUSE);
+                }
+            }
+        }
+    }
+
+    fn has_waiting(&self) -> bool {
+        let mut listener = [PollFd::new(&self.acceptor.listener, PollFlags::IN)];
+        matches!(poll(&mut listener, Some(&Timespec::default())), Ok(1..))
+    }
+
+    /// Takes in no connections for a while.
+    fn pause(&mut self, pause: Duration) {
+        let acceptor = &self.acceptor;
+        if epoll::delete(&acceptor.parked.epoll, &acceptor.listener).is_ok() {
+            self.listen_at = Some(Instant::now() + pause);
+        }
+    }
+
+    /// Ends one connection in favour of one that waits: the one that is idle longest, or else one
+    /// that a thread is at. Returns how long to wait for what comes of it, if it is not over.
+    fn make_room(&mut self) -> Option<Duration> {
+        let now = Instant::now();
+        let waiting = self.acceptor.parked.waiting();
+        let idle = waiting.by_descriptor.iter();
+        let longest = idle
+            .map(|(descriptor, idle)| (now.saturating_duration_since(idle.since), *descriptor))
+            .max();
+        drop(waiting);
+        let Some((idle_for, descriptor)) = longest else {
+            return Some(self.acceptor.end_one());
+        };
+        if idle_for < GRACE {
+            return Some(GRACE - idle_for);
+        }
+        self.visit(descriptor, false, true);
+        let is_over = self.acceptor.connections() < self.acceptor.max_connections;
+        (!is_over).then(|| self.acceptor.end_one())
+    }
+
+    /// Looks at what a connection has received. One that `is_leaving` is over after it.
+    fn visit(&mut self, descriptor: RawFd, hung_up: bool, is_leaving: bool) {
+        let acceptor = &self.acceptor;
+        let mut waiting = acceptor.parked.waiting();
+        let Some(idle) = waiting.by_descriptor.get_mut(&descriptor) else {
+            // Over since it was told of.
+            return;
+        };
+        let (service, quick) = (&*acceptor.service, &mut self.quick);
+        // What one connection sends must not end another.
+        let visit = catch_unwind(AssertUnwindSafe(|| {
+            quick.visit(service, &idle.link, hung_up, is_leaving)
+        }));
+        match visit {
+            Ok(Visit::Unchanged) => {}
+            Ok(Visit::Served(at)) => idle.since = at,
+            Ok(Visit::Over) => {
+                waiting.by_descriptor.remove(&descriptor);
+            }
+            Ok(Visit::HandOver(rest)) => {
+                if let Some(Idle { link, .. }) = waiting.by_descriptor.remove(&descriptor) {
+                    // Fails for nothing that is watched.
+                    let _ = epoll::delete(&acceptor.parked.epoll, &link.socket);
+                    drop(waiting);
+                    acceptor.hand_over(link, rest);
+                }
+            }
+            Err(_panic) => {
+                waiting.by_descriptor.remove(&descriptor);
+                drop(waiting);
+                self.quick = Quick::default();
+                if let Some(suppressed) = CONNECTION_PANICKED.allow() {
+                    log::error!(suppressed; "a panic ended a connection: please report it");
+                }
+            }
+        }
+    }
+}
+
+/// What became of a connection that was looked at.
+enum Visit {
+    /// Nothing was there.
+    Unchanged,
+    /// All that was there is answered.
+    Served(Instant),
+    Over,
+    HandOver(Rest),
+}
+
+/// Answers what can be answered without waiting. Holds nothing of a connection from one visit to
+/// the next.
+#[derive(Default)]
+struct Quick {
+    input: Input,
+    head: Vec<u8>,
+    rendered: Rendered,
+}
+
+impl Quick {
+    fn visit(
+        &mut self,
+        service: &impl Service,
+        link: &Link,
+        hung_up: bool,
+        is_leaving: bool,
+    ) -> Visit {
+        let mut visit = Visit::Unchanged;
+        loop {
+            let room = self.input.anew();
+            let room_bytes = room.len();
+            let bytes = match recv(&link.socket, room, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return Visit::Over,
+                Ok((bytes, _)) => bytes,
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) if is_leaving => return Visit::Over,
+                Err(Errno::AGAIN) => return visit,
+                Err(_) => return Visit::Over,
+            };
+            let now = Instant::now();
+            self.input.received(bytes);
+            if let Some(end) = self.answer(service, link, now, is_leaving) {
+                return end;
+            }
+            // Less than there was room for is all there was.
+            if bytes < room_bytes && !hung_up {
+                return Visit::Served(now);
+            }
+            visit = Visit::Served(now);
+        }
+    }
+
+    /// Answers all that was received; `None` if the connection goes on.
+    fn answer(
+        &mut self,
+        service: &impl Service,
+        link: &Link,
+        begun: Instant,
+        is_leaving: bool,
+    ) -> Option<Visit> {
+        while !self.input.is_empty() {
+            let mark = self.input.mark();
+            let (input, head) = (&mut self.input, &mut self.head);
+            let served = service.is_quick().then(|| {
+                receive(service, link.peer, input, &mut Here, head, |received| {
+                    service.serve_quickly(received)
+                })
+            });
+            let Some(Ok((Some(answer), mut form))) = served else {
+                // Not whole, not valid, or not to be answered at once: a thread begins anew with it.
+                return Some(Visit::HandOver(Rest {
+                    input: self.input.since(mark).to_vec(),
+                    begun,
+                    output: Vec::new(),
+                    is_kept: true,
+                }));
+            };
+            form.is_kept &= !is_leaving && !service.is_draining();
+            let bytes = self.rendered.bytes(answer, form);
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            let sent = match send(&link.socket, bytes, flags) {
+                Ok(sent) => sent,
+                Err(Errno::AGAIN | Errno::INTR) => 0,
+                Err(_) => return Some(Visit::Over),
+            };
+            if sent == bytes.len() && form.is_kept {
+                continue;
+            }
+            if sent == bytes.len() && self.input.is_empty() {
+                return Some(Visit::Over);
+            }
+            return Some(Visit::HandOver(Rest {
+                input: self.input.since(self.input.mark()).to_vec(),
+                begun,
+                output: bytes[sent..].to_vec(),
+                is_kept: form.is_kept,
+            }));
+        }
+        None
+    }
+}
+
+/// Nothing but what is here already.
+struct Here;
+
+impl Source for Here {
+    fn read_first(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn read_more(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn send_continue(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn can_wait(&self) -> bool {
+        false
+    }
+}
