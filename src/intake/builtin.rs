@@ -104,6 +104,9 @@ impl Times {
     }
 }
 
+/// A connection on its way to a thread.
+type Handover = (Link, Rest);
+
 /// A listening socket and the threads that serve its connections.
 pub struct Acceptor<S> {
     name: &'static str,
@@ -115,7 +118,7 @@ pub struct Acceptor<S> {
     parked: Parked,
     /// Connections open now.
     open: Arc<AtomicUsize>,
-    handed_over: (Sender<(Link, Rest)>, Receiver<(Link, Rest)>),
+    handed_over: (Sender<Handover>, Receiver<Handover>),
     seats: Mutex<Vec<Arc<Seat>>>,
     /// Threads that wait, less the connections that wait for them.
     free: AtomicIsize,
@@ -254,7 +257,7 @@ impl<S: Service> Acceptor<S> {
     }
 
     /// Waits for a connection; `None` when the thread is to end.
-    fn next(&self, is_kept: bool) -> Option<(Link, Rest)> {
+    fn next(&self, is_kept: bool) -> Option<Handover> {
         let waiting = &self.handed_over.1;
         loop {
             if is_kept {

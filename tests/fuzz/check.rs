@@ -62,6 +62,54 @@ impl Source for Pieces<'_> {
     }
 }
 
+/// Nothing but what is here already.
+struct Here;
+
+impl Source for Here {
+    fn read_first(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        unreachable!("nothing can be waited for")
+    }
+
+    fn read_more(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        unreachable!("nothing can be waited for")
+    }
+
+    fn send_continue(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn can_wait(&self) -> bool {
+        false
+    }
+}
+
+/// Reads as the front does, which receives once and hands over what is not whole or not valid.
+pub fn read_in_front(bytes: &[u8], received: usize) -> (Vec<Seen>, Fault) {
+    let mut input = Input::default();
+    let room = input.anew();
+    let received = received.min(room.len()).min(bytes.len());
+    room[..received].copy_from_slice(&bytes[..received]);
+    input.received(received);
+    let mut seen = Vec::new();
+    let mut mark = input.mark();
+    while !input.is_empty() {
+        mark = input.mark();
+        match read_one(&mut input, &mut Here) {
+            Ok(request) => seen.push(request),
+            Err(_) => break,
+        }
+        mark = input.mark();
+    }
+    let mut input = Input::holding(input.since(mark).to_vec());
+    let mut source = Pieces::new(&bytes[received..], &[usize::MAX]);
+    loop {
+        match read_one(&mut input, &mut source) {
+            Ok(request) => seen.push(request),
+            Err(fault) => return (seen, fault),
+        }
+    }
+}
+
 /// Reads all requests that `bytes` hold, and how it ended.
 pub fn read_all(bytes: &[u8], sizes: &[usize]) -> (Vec<Seen>, Fault) {
     let mut source = Pieces::new(bytes, sizes);
@@ -75,7 +123,7 @@ pub fn read_all(bytes: &[u8], sizes: &[usize]) -> (Vec<Seen>, Fault) {
     }
 }
 
-fn read_one(input: &mut Input, source: &mut Pieces<'_>) -> Result<Seen, Fault> {
+fn read_one(input: &mut Input, source: &mut impl Source) -> Result<Seen, Fault> {
     let mut head = Vec::new();
     input.read_head(source, &mut head)?;
     assert!(head.len() <= LINE_BYTES_MAX + FIELDS_BYTES_MAX + 4);
@@ -116,6 +164,11 @@ pub fn check(bytes: &[u8]) {
             status(&pieces_end),
             "cut into {sizes:?}"
         );
+    }
+    for received in [1, bytes.len() / 2, bytes.len()] {
+        let (seen, end) = read_in_front(bytes, received);
+        assert_eq!(whole, seen, "{received} bytes received at once");
+        assert_eq!(status(&whole_end), status(&end), "{received} bytes");
     }
     for request in whole {
         assert!(!request.method.is_empty());

@@ -349,7 +349,11 @@ proptest! {
     ) {
         let (seen, end) = read_all(&bytes, &sizes);
         prop_assert_eq!(status(&end), None);
-        prop_assert_eq!(seen, vec![expected]);
+        prop_assert_eq!(&seen, &vec![expected]);
+        let received = sizes[0] * 16;
+        let (in_front, end) = check::read_in_front(&bytes, received);
+        prop_assert_eq!(status(&end), None);
+        prop_assert_eq!(in_front, seen);
     }
 
     #[test]
