@@ -12,10 +12,12 @@ use crate::budget::Permit;
 use crate::limiter::TokenBucket;
 use crate::logger::LogLimit;
 use crate::metrics::Metrics;
-use crate::queue::Fate;
+use crate::queue::poller::lease;
+use crate::queue::settler::Settlements;
 use crate::queue::writer::Appender;
+use crate::queue::{Decision, Fate};
 use crate::request::Request;
-use crate::worker::Delivery;
+use crate::worker::{Delivery, Places};
 
 static REFUSED: LogLimit = LogLimit::new();
 
@@ -37,9 +39,20 @@ pub struct Admission {
     enqueue: Option<Mutex<TokenBucket>>,
     direct: Sender<Delivery>,
     appender: Appender,
+    /// With `server.ack: stored`.
+    committing: Option<Committing>,
     metrics: Arc<Metrics>,
     /// Held for reading by each admission under way: closing waits for them.
     closed: RwLock<bool>,
+}
+
+/// What it takes to commit each request before it is acknowledged, and to send it all the same
+/// without waiting for a claim.
+#[derive(Debug)]
+pub struct Committing {
+    pub places: Arc<Places>,
+    pub settlements: Settlements,
+    pub request_timeout: Duration,
 }
 
 impl Admission {
@@ -56,8 +69,18 @@ impl Admission {
             enqueue: enqueue_rate.map(|rate| Mutex::new(TokenBucket::new(rate, now))),
             direct,
             appender,
+            committing: None,
             metrics,
             closed: RwLock::new(false),
+        }
+    }
+
+    /// Admits nothing any more that is not committed.
+    #[must_use]
+    pub fn committing(self, committing: Committing) -> Admission {
+        Admission {
+            committing: Some(committing),
+            ..self
         }
     }
 
@@ -67,9 +90,9 @@ impl Admission {
         *self.closed.write().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
-    /// Whether new requests can go direct at this moment.
+    /// Whether new requests can be admitted without the store at this moment.
     pub fn has_direct_room(&self) -> bool {
-        !self.direct.is_full()
+        self.committing.is_none() && !self.direct.is_full()
     }
 
     /// Whether the next request is likely to be admitted without waiting for the store.
@@ -78,7 +101,7 @@ impl Admission {
             let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
             bucket.available(Instant::now()) > 0
         };
-        self.enqueue.as_ref().is_none_or(has_token) && self.has_direct_room()
+        self.has_direct_room() && self.enqueue.as_ref().is_none_or(has_token)
     }
 
     /// Admits a request; returns once it is in the channel, committed, or refused.
@@ -97,6 +120,9 @@ impl Admission {
     /// Admits a request if that need not wait for the store; `None` if it must, and nothing is
     /// counted.
     pub fn admit_quickly(&self, request: Request, permit: Permit) -> Option<Admitted> {
+        if self.committing.is_some() {
+            return None;
+        }
         let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
         let admitted = if *closed {
             Admitted::Refused
@@ -126,6 +152,9 @@ impl Admission {
     }
 
     fn decide(&self, delivery: Delivery) -> Admitted {
+        if let Some(committing) = &self.committing {
+            return self.commit(committing, delivery);
+        }
         let Some(bucket) = &self.enqueue else {
             return self.direct_or_refused(delivery);
         };
@@ -139,28 +168,59 @@ impl Admission {
         bucket: &Mutex<TokenBucket>,
         delivery: Delivery,
     ) -> Result<Admitted, Delivery> {
-        let within_rate = bucket
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .try_take(Instant::now());
-        if !within_rate || delivery.is_memory_scarce() {
+        if !take_token(bucket) || delivery.is_memory_scarce() {
             return Err(delivery);
         }
         self.try_direct(delivery).map(|()| Admitted::Direct)
     }
 
     fn store_or_direct(&self, delivery: Delivery) -> Admitted {
-        let row = delivery.to_row(
-            0,
-            Fate::Due {
-                after: Duration::ZERO,
-                failure: None,
-            },
-        );
-        if self.appender.append(row).is_ok() {
+        if self.store(&delivery) {
             return Admitted::Stored;
         }
         self.direct_or_refused(delivery)
+    }
+
+    fn store(&self, delivery: &Delivery) -> bool {
+        let due = Fate::Due {
+            after: Duration::ZERO,
+            failure: None,
+        };
+        self.appender.append(delivery.to_row(0, due)).is_ok()
+    }
+
+    /// Commits a request: leased to this process and sent from memory as far as the rate, the
+    /// memory and the workers allow, or else to be claimed.
+    fn commit(&self, committing: &Committing, delivery: Delivery) -> Admitted {
+        let goes_direct =
+            self.enqueue.as_ref().is_none_or(take_token) && !delivery.is_memory_scarce();
+        let is_stored = if goes_direct && committing.places.try_take() {
+            self.commit_leased(committing, delivery)
+        } else {
+            self.store(&delivery)
+        };
+        if is_stored {
+            Admitted::Stored
+        } else {
+            Admitted::Refused
+        }
+    }
+
+    /// To be called with a place taken.
+    fn commit_leased(&self, committing: &Committing, delivery: Delivery) -> bool {
+        let (lease, send_until) = lease(committing.request_timeout);
+        let row = delivery.to_row(1, Fate::Leased(lease));
+        if self.appender.append(row).is_err() {
+            committing.places.leave();
+            return false;
+        }
+        // There is a place for it: at most, a worker has still to take the one before.
+        if let Err(refused) = self.direct.send(delivery.stored(send_until)) {
+            let unsent = refused.into_inner().settlement(Decision::Release);
+            committing.settlements.send(unsent);
+            committing.places.leave();
+        }
+        true
     }
 
     fn direct_or_refused(&self, delivery: Delivery) -> Admitted {
@@ -178,4 +238,9 @@ impl Admission {
             refused.into_inner()
         })
     }
+}
+
+fn take_token(bucket: &Mutex<TokenBucket>) -> bool {
+    let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+    bucket.try_take(Instant::now())
 }

@@ -12,9 +12,9 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use socket2::Socket;
 
-use crate::admission::Admission;
+use crate::admission::{Admission, Committing};
 use crate::budget::Budget;
-use crate::config::{Acceptor as AcceptorKind, Bind, Config, Database, shown_address};
+use crate::config::{Acceptor as AcceptorKind, Ack, Bind, Config, Database, shown_address};
 use crate::control::{self, Control};
 use crate::descriptors;
 use crate::drain::Drain;
@@ -29,7 +29,7 @@ use crate::queue::sqlite::SqliteStore;
 use crate::queue::writer::{Appender, Writer};
 use crate::thread::Threads;
 use crate::upstream::Upstream;
-use crate::worker::{Delivery, Shared, Slot, Worker};
+use crate::worker::{Delivery, Places, Shared, Slot, Worker};
 
 /// Heads of requests to the control port, which has no bodies.
 const CONTROL_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -196,6 +196,7 @@ impl Running {
         let (claiming, stop) = bounded(0);
         let (appender, settlements) = start_store_threads(&threads, &stage, config, &wake, &stop)?;
         let room = Arc::new(Room::new(config.queue.workers, wake));
+        let places = Arc::new(Places::new(config.proxy.num_clients));
         let (direct_sender, direct) = bounded(config.proxy.num_clients);
         let (claimed_sender, claimed) = bounded(2 * config.queue.workers);
         let (hurry_sender, hurry) = bounded(0);
@@ -204,24 +205,25 @@ impl Running {
             appender: appender.clone(),
             settlements: settlements.clone(),
             room: Arc::clone(&room),
+            places: Arc::clone(&places),
             metrics: Arc::clone(&stage.metrics),
             hurry,
         });
         let slots = start_workers(&threads, config, &shared, &direct, &claimed)?;
-        let poller = Poller {
-            store: Arc::clone(&stage.store),
-            health: Arc::clone(&stage.health),
-            metrics: Arc::clone(&stage.metrics),
-            budget: Arc::clone(&stage.budget),
-            room: Arc::clone(&room),
-            per_second: config.queue.handle_per_second,
-            request_timeout: config.proxy.request_timeout,
-            woken,
-            stop,
-            deliveries: claimed_sender,
-        };
+        let poller = new_poller(config, &stage, &room, (woken, stop), claimed_sender);
         spawn(&threads, "poller", move || poller.run())?;
-        let intake = Arc::new(new_intake(config, &stage, direct_sender, appender.clone()));
+        let committing = Committing {
+            places: Arc::clone(&places),
+            settlements: settlements.clone(),
+            request_timeout: config.proxy.request_timeout,
+        };
+        let intake = Arc::new(new_intake(
+            config,
+            &stage,
+            direct_sender,
+            appender,
+            committing,
+        ));
         // Last: from here on there is something to lose.
         start_control(&threads, config, &stage, &intake, control_listener)?;
         let accepting = start_intake(&threads, config, listener, max_connections, &intake)?;
@@ -229,6 +231,7 @@ impl Running {
             store: stage.store,
             metrics: stage.metrics,
             room,
+            places,
             settlements,
             direct,
             claimed,
@@ -337,6 +340,27 @@ fn start_store_threads(
     Ok((appender, settlements))
 }
 
+fn new_poller(
+    config: &Config,
+    stage: &Stage,
+    room: &Arc<Room>,
+    (woken, stop): (Receiver<()>, Receiver<()>),
+    deliveries: Sender<Delivery>,
+) -> Poller {
+    Poller {
+        store: Arc::clone(&stage.store),
+        health: Arc::clone(&stage.health),
+        metrics: Arc::clone(&stage.metrics),
+        budget: Arc::clone(&stage.budget),
+        room: Arc::clone(room),
+        per_second: config.queue.handle_per_second,
+        request_timeout: config.proxy.request_timeout,
+        woken,
+        stop,
+        deliveries,
+    }
+}
+
 fn start_workers(
     threads: &Threads,
     config: &Config,
@@ -385,15 +409,20 @@ fn new_intake(
     stage: &Stage,
     direct: Sender<Delivery>,
     appender: Appender,
+    committing: Committing,
 ) -> Intake {
     let server = &config.server;
+    let admission = Admission::new(
+        server.enqueue_enabled.then_some(server.enqueue_rate),
+        direct,
+        appender,
+        Arc::clone(&stage.metrics),
+    );
     Intake {
-        admission: Admission::new(
-            server.enqueue_enabled.then_some(server.enqueue_rate),
-            direct,
-            appender,
-            Arc::clone(&stage.metrics),
-        ),
+        admission: match server.ack {
+            Ack::Received => admission,
+            Ack::Stored => admission.committing(committing),
+        },
         metrics: Arc::clone(&stage.metrics),
         budget: Arc::clone(&stage.budget),
         response_status: server.response_status,

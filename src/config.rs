@@ -60,6 +60,7 @@ settings! {
     "server.shutdown_timeout" = "30s", "a duration", "time workers get to finish at a shutdown; what is left then is stored";
     "server.enqueue_enabled" = "true", "true or false", "`false`: nothing is stored before it was tried once";
     "server.enqueue_rate" = "100", "a whole number", "requests a second that go direct, the rest is stored; `0`: all are stored";
+    "server.ack" = "received", "received or stored", "when senders are answered: `received`: as soon as a request is in memory or stored; `stored`: only once it is stored";
     "server.acceptor" = "builtin", "builtin or tiny_http", "`builtin`, or `tiny_http` for trusted networks only";
     "server.max_connections" = "1024", "a whole number", "connections open at once; more wait while idle ones are closed (builtin only)";
     "server.read_timeout" = "5s", "a duration", "time for a whole request to come in (builtin only)";
@@ -107,6 +108,7 @@ pub struct Server {
     pub enqueue_enabled: bool,
     /// Requests a second.
     pub enqueue_rate: u32,
+    pub ack: Ack,
     pub acceptor: Acceptor,
     pub max_connections: usize,
     pub read_timeout: Duration,
@@ -115,6 +117,15 @@ pub struct Server {
     pub max_body_size: usize,
     /// Bytes.
     pub memory_limit: usize,
+}
+
+/// When a sender is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ack {
+    /// Once the request is in the direct channel, or committed.
+    Received,
+    /// Once the request is committed.
+    Stored,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -313,6 +324,11 @@ fn server(raw: &Raw) -> Result<Server, ConfigError> {
         enqueue_enabled: raw.get("server.enqueue_enabled", values::boolean)?,
         enqueue_rate: raw.get("server.enqueue_rate", |text| {
             values::integer(text, 0, 1_000_000)
+        })?,
+        ack: raw.get("server.ack", |text| match text {
+            "received" => Ok(Ack::Received),
+            "stored" => Ok(Ack::Stored),
+            _ => Err("received or stored".to_owned()),
         })?,
         acceptor: raw.get("server.acceptor", |text| match text {
             "builtin" => Ok(Acceptor::Builtin),

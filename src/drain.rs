@@ -12,7 +12,7 @@ use crate::metrics::Metrics;
 use crate::queue::poller::Room;
 use crate::queue::settler::Settlements;
 use crate::queue::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow, Settlement, Store, StoreError};
-use crate::worker::{Delivery, Origin, Slot, interrupted};
+use crate::worker::{Delivery, Origin, Places, Slot, interrupted};
 
 /// How often the end of the work is looked for.
 const LOOK: Duration = Duration::from_millis(10);
@@ -32,6 +32,7 @@ pub struct Drain {
     pub store: Arc<dyn Store>,
     pub metrics: Arc<Metrics>,
     pub room: Arc<Room>,
+    pub places: Arc<Places>,
     pub settlements: Settlements,
     pub direct: Receiver<Delivery>,
     pub claimed: Receiver<Delivery>,
@@ -78,7 +79,11 @@ impl Drain {
 
     /// Counted, not looked for: a request on its way from one place to the next is in none.
     fn unfinished(&self) -> usize {
-        self.in_flight() + self.room.claimed()
+        self.in_flight() + self.leased()
+    }
+
+    fn leased(&self) -> usize {
+        self.room.claimed() + self.places.taken()
     }
 
     fn in_flight(&self) -> usize {
@@ -110,11 +115,12 @@ impl Drain {
             for (delivery, started) in rest {
                 match delivery.origin {
                     Origin::Direct => unstored.push((delivery, started)),
-                    Origin::Claimed { .. } => unsettled.push(delivery.interrupted(started)),
+                    Origin::Stored { .. } | Origin::Claimed { .. } => {
+                        unsettled.push(delivery.interrupted(started));
+                    }
                 }
             }
-            let is_all =
-                unstored.len() >= self.in_flight() && unsettled.len() >= self.room.claimed();
+            let is_all = unstored.len() >= self.in_flight() && unsettled.len() >= self.leased();
             if is_all || Instant::now() >= deadline {
                 return (unstored, unsettled);
             }

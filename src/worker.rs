@@ -4,6 +4,7 @@
 //! Whoever takes it out settles it; nobody else does.
 
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -43,6 +44,8 @@ pub struct Delivery {
 pub enum Origin {
     /// From memory: exists nowhere else.
     Direct,
+    /// From memory, but its row is in the store, leased since it was committed.
+    Stored { send_until: Instant },
     /// From the store, leased. Later than `send_until` too little of the lease is left.
     Claimed { send_until: Instant },
 }
@@ -55,6 +58,14 @@ impl Delivery {
             attempt: 1,
             origin: Origin::Direct,
             permit: Arc::new(permit),
+        }
+    }
+
+    /// The same once its row is committed, leased until some time after `send_until`.
+    pub fn stored(self, send_until: Instant) -> Delivery {
+        Delivery {
+            origin: Origin::Stored { send_until },
+            ..self
         }
     }
 
@@ -91,7 +102,7 @@ impl Delivery {
         }
     }
 
-    fn settlement(&self, decision: Decision) -> Settlement {
+    pub fn settlement(&self, decision: Decision) -> Settlement {
         Settlement {
             id: self.request.id,
             attempt: self.attempt,
@@ -99,7 +110,7 @@ impl Delivery {
         }
     }
 
-    /// Settles a claimed delivery that a shutdown interrupted: due at once, as far as is known
+    /// Settles a leased delivery that a shutdown interrupted: due at once, as far as is known
     /// not delivered. Started attempts count.
     pub fn interrupted(&self, started: bool) -> Settlement {
         self.settlement(if started {
@@ -110,6 +121,40 @@ impl Delivery {
         } else {
             Decision::Release
         })
+    }
+}
+
+/// Counts the requests that are committed and then sent from memory, from before the commit until
+/// they are through: never more than the channel and the workers hold.
+#[derive(Debug)]
+pub struct Places {
+    taken: AtomicUsize,
+    limit: usize,
+}
+
+impl Places {
+    pub fn new(workers: usize) -> Places {
+        Places {
+            taken: AtomicUsize::new(0),
+            limit: 2 * workers,
+        }
+    }
+
+    /// Takes a place, if there is one.
+    pub fn try_take(&self) -> bool {
+        let one_more = |taken: usize| (taken < self.limit).then(|| taken + 1);
+        let order = Ordering::AcqRel;
+        self.taken
+            .fetch_update(order, Ordering::Acquire, one_more)
+            .is_ok()
+    }
+
+    pub fn leave(&self) {
+        self.taken.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    pub fn taken(&self) -> usize {
+        self.taken.load(Ordering::Acquire)
     }
 }
 
@@ -145,6 +190,7 @@ pub struct Shared {
     pub appender: Appender,
     pub settlements: Settlements,
     pub room: Arc<Room>,
+    pub places: Arc<Places>,
     pub metrics: Arc<Metrics>,
     /// Closed when workers shall no longer wait for anything but their channel.
     pub hurry: Receiver<()>,
@@ -172,15 +218,19 @@ impl Worker {
                         return;
                     }
                 }
+                Origin::Stored { send_until } => {
+                    self.deliver_leased(delivery, send_until);
+                    self.shared.places.leave();
+                }
                 Origin::Claimed { send_until } => {
-                    self.deliver_claimed(delivery, send_until);
+                    self.deliver_leased(delivery, send_until);
                     self.shared.room.leave();
                 }
             }
         }
     }
 
-    fn deliver_claimed(&mut self, delivery: Delivery, send_until: Instant) {
+    fn deliver_leased(&mut self, delivery: Delivery, send_until: Instant) {
         let delivery = self.slot.hold(delivery);
         let decision = if Instant::now() > send_until {
             Decision::Release
@@ -226,7 +276,7 @@ impl Worker {
         let due = match &fate {
             Fate::Due { after, .. } => Some(Instant::now() + *after),
             // Given up: there is no further attempt, however long the store takes.
-            Fate::Dead(_) => None,
+            Fate::Dead(_) | Fate::Leased(_) => None,
         };
         loop {
             let row = delivery.to_row(delivery.attempt, remaining(&fate, due));

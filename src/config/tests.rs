@@ -125,6 +125,10 @@ fn errors_name_the_setting_the_value_and_what_is_accepted() {
             &["server.enqueue_enabled", "true or false"],
         ),
         (
+            "server: {ack: sent}",
+            &["server.ack", "received or stored", "\"sent\""],
+        ),
+        (
             "server: {acceptor: hyper}",
             &["server.acceptor", "builtin or tiny_http"],
         ),

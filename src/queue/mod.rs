@@ -63,7 +63,7 @@ pub trait Store: fmt::Debug + Send + Sync {
 #[derive(Debug, Clone)]
 pub struct NewRow {
     pub request: Arc<Request>,
-    /// Attempts made so far.
+    /// Attempts made so far, or with [`Fate::Leased`] about to be made.
     pub attempt: u32,
     pub fate: Fate,
 }
@@ -76,6 +76,9 @@ pub enum Fate {
         after: Duration,
         failure: Option<Failure>,
     },
+    /// Leased to whoever appends it, as a claim would do it, for so long; the attempt that the row
+    /// counts is about to be made.
+    Leased(Duration),
     /// Straight to the dead letters.
     Dead(Failure),
 }

@@ -23,7 +23,13 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// What a lease has beyond `proxy.request_timeout`: half of it for waiting until a worker is
 /// free, the rest for settling.
-pub const LEASE_MARGIN: Duration = Duration::from_secs(30);
+const LEASE_MARGIN: Duration = Duration::from_secs(30);
+
+/// How long a row is leased, and until when it may be sent if the lease begins now.
+pub fn lease(request_timeout: Duration) -> (Duration, Instant) {
+    let send_until = Instant::now() + LEASE_MARGIN / 2;
+    (request_timeout + LEASE_MARGIN, send_until)
+}
 
 static NOT_COUNTED: LogLimit = LogLimit::new();
 
@@ -174,9 +180,8 @@ impl Poller {
     }
 
     fn claim(&self, limit: usize) -> usize {
-        let lease = self.request_timeout + LEASE_MARGIN;
-        // The lease began no sooner than this.
-        let send_until = Instant::now() + LEASE_MARGIN / 2;
+        // The lease begins no sooner than this.
+        let (lease, send_until) = lease(self.request_timeout);
         let result = self.store.claim(limit, self.bytes_max(), lease);
         let Ok(claim) = self.health.note("claim", result, &self.metrics) else {
             return 0;

@@ -7,9 +7,11 @@
 mod adopt;
 mod connections;
 mod schema;
+mod start;
 mod statements;
 
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use ::postgres::types::{ToSql, Type};
 use ::postgres::{Client, Config, Row};
@@ -21,6 +23,7 @@ use super::{
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
 use connections::{Connections, Fault};
+use start::Start;
 use statements::{APPEND, APPEND_DEAD, CLAIM, CLAIM_UNORDERED, SAMPLE, SETTLE};
 
 /// The longest delay or lease: what is later may as well be then.
@@ -33,6 +36,7 @@ const UNIX_SECONDS_MAX: u64 = 253_402_300_799;
 pub struct PostgresStore {
     connections: Connections,
     use_index: bool,
+    start: Arc<Start>,
 }
 
 impl PostgresStore {
@@ -46,6 +50,7 @@ impl PostgresStore {
         PostgresStore {
             connections: Connections::new(config, max_connections, timeout),
             use_index,
+            start: Arc::default(),
         }
     }
 
@@ -64,13 +69,9 @@ impl Store for PostgresStore {
     }
 
     fn claim(&self, limit: usize, bytes_max: usize, lease: Duration) -> Result<Claim, StoreError> {
-        let statement = if self.use_index {
-            CLAIM
-        } else {
-            CLAIM_UNORDERED
-        };
+        let start = self.use_index.then(|| Arc::clone(&self.start));
         self.connections.run(
-            move |client| claim(client, statement, limit, bytes_max, lease),
+            move |client| claim(client, start.as_deref(), limit, bytes_max, lease),
             |client, unwanted| {
                 let mut outcomes = Outcomes::default();
                 for row in &unwanted.rows {
@@ -96,6 +97,7 @@ fn append(client: &mut Client, rows: &[NewRow]) -> Result<(), Fault> {
     for row in rows {
         match &row.fate {
             Fate::Due { after, failure } => due.add(row, *after, failure.as_ref()),
+            Fate::Leased(lease) => due.add(row, *lease, None),
             Fate::Dead(failure) => dead.add(row, Duration::ZERO, Some(failure)),
         }
     }
@@ -126,6 +128,7 @@ struct NewRows<'a> {
     targets: Vec<&'a str>,
     headers: Vec<&'a [u8]>,
     bodies: Vec<&'a [u8]>,
+    leased: Vec<bool>,
 }
 
 impl<'a> NewRows<'a> {
@@ -141,9 +144,10 @@ impl<'a> NewRows<'a> {
         self.targets.push(&request.target);
         self.headers.push(request.headers.as_bytes());
         self.bodies.push(&request.body);
+        self.leased.push(matches!(row.fate, Fate::Leased(_)));
     }
 
-    fn parameters(&self) -> [(&(dyn ToSql + Sync), Type); 10] {
+    fn parameters(&self) -> [(&(dyn ToSql + Sync), Type); 11] {
         [
             (&self.ids, Type::UUID_ARRAY),
             (&self.received_at, Type::TIMESTAMPTZ_ARRAY),
@@ -155,13 +159,15 @@ impl<'a> NewRows<'a> {
             (&self.targets, Type::TEXT_ARRAY),
             (&self.headers, Type::BYTEA_ARRAY),
             (&self.bodies, Type::BYTEA_ARRAY),
+            (&self.leased, Type::BOOL_ARRAY),
         ]
     }
 }
 
+/// Claims in order from `start`; without one, as rows come.
 fn claim(
     client: &mut Client,
-    statement: &str,
+    start: Option<&Start>,
     limit: usize,
     bytes_max: usize,
     lease: Duration,
@@ -169,14 +175,25 @@ fn claim(
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     // Nothing comes before the first, which is so taken in any case.
     let bytes_max = i64::try_from(bytes_max.max(1)).unwrap_or(i64::MAX);
+    let begun = Instant::now();
+    let from = start.and_then(|start| start.get(begun));
     let rows = client.query_typed(
-        statement,
+        if start.is_some() {
+            CLAIM
+        } else {
+            CLAIM_UNORDERED
+        },
         &[
             (&limit, Type::INT8),
             (&to_seconds(lease), Type::FLOAT8),
             (&bytes_max, Type::INT8),
+            (&from, Type::TIMESTAMPTZ),
         ],
     )?;
+    let last_due = rows.iter().filter_map(|row| row.try_get("due_at").ok());
+    if let (Some(start), Some(last_due)) = (start, last_due.max()) {
+        start.note(from, begun.elapsed(), last_due);
+    }
     let mut claimed = Vec::with_capacity(rows.len());
     let mut unreadable = Outcomes::default();
     for row in rows {

@@ -27,19 +27,29 @@ const WAL_PAGES: i32 = 4000;
 const WAL_BYTES_KEPT: i32 = 16 * 1024 * 1024;
 
 /// Served by the unique index on `id`, as all statements by id.
-const INSERT: &str = "
-    INSERT INTO proxy_requests
-           (id, received_at, next_attempt_at, attempt, last_status, last_error,
-            method, target, headers, body)
-    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
-        ON CONFLICT (id) DO NOTHING";
-
-const INSERT_DEAD: &str = "
-    INSERT INTO proxy_dead_letters
-           (id, received_at, died_at, attempt, last_status, last_error,
-            method, target, headers, body)
-    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
-        ON CONFLICT (id) DO NOTHING";
+macro_rules! insert {
+    ($table:literal, $at:literal, $column:literal, $value:literal) => {
+        concat!(
+            "
+    INSERT INTO ",
+            $table,
+            "
+           (id, received_at, ",
+            $at,
+            ", attempt, last_status, last_error,
+            method, target, headers, body",
+            $column,
+            ")
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10",
+            $value,
+            ")
+        ON CONFLICT (id) DO NOTHING"
+        )
+    };
+}
+const INSERT: &str = insert!("proxy_requests", "next_attempt_at", "", "");
+const INSERT_LEASED: &str = insert!("proxy_requests", "next_attempt_at", ", leased", ", 1");
+const INSERT_DEAD: &str = insert!("proxy_dead_letters", "died_at", "", "");
 
 /// Served by `proxy_requests_due`, which also has the order.
 const SELECT_DUE: &str = "
@@ -238,6 +248,7 @@ impl Store for SqliteStore {
         self.write(|transaction| {
             let now = now_ms();
             let mut insert = transaction.prepare(INSERT)?;
+            let mut insert_leased = transaction.prepare(INSERT_LEASED)?;
             let mut insert_dead = transaction.prepare(INSERT_DEAD)?;
             for NewRow {
                 request,
@@ -249,6 +260,7 @@ impl Store for SqliteStore {
                     Fate::Due { after, failure } => {
                         (&mut insert, add_ms(now, *after), failure.as_ref())
                     }
+                    Fate::Leased(lease) => (&mut insert_leased, add_ms(now, *lease), None),
                     Fate::Dead(failure) => (&mut insert_dead, now, Some(failure)),
                 };
                 statement.execute(params![

@@ -129,6 +129,7 @@ contract!(
     empty_batches_change_nothing,
     requests_come_back_as_they_were,
     appending_again_changes_nothing,
+    a_leased_append_is_like_a_claim,
     append_is_all_or_none,
     claims_oldest_due_first_and_no_more_than_asked,
     a_claim_takes_no_more_bytes_than_asked_but_always_one_row,
@@ -302,6 +303,43 @@ fn appending_again_changes_nothing(bench: &Bench) {
     assert_eq!(claimed.len(), 1);
     store.append(&[waiting]).unwrap();
     assert_eq!(counts(&*store), (0, 1, 1), "a lease outlives an append");
+}
+
+fn a_leased_append_is_like_a_claim(bench: &Bench) {
+    let store = bench.open();
+    let leased = |lease| NewRow {
+        attempt: 1,
+        fate: Fate::Leased(lease),
+        ..row(request(b"leased"))
+    };
+    let (long, short, given_back) = (leased(LEASE), leased(SHORT_LEASE), leased(LEASE));
+    store.append(&[long.clone(), given_back.clone()]).unwrap();
+    assert_eq!(counts(&*store), (0, 2, 0));
+    assert!(claim(&*store, 10).is_empty());
+    store.append(&[row((*long.request).clone())]).unwrap();
+    assert_eq!(counts(&*store), (0, 2, 0), "appended again as waiting");
+    let settle = |row: &NewRow, decision| Settlement {
+        id: row.request.id,
+        attempt: 1,
+        decision,
+    };
+    let settled = store.settle(&[
+        settle(&long, Decision::Attempted(Verdict::Delivered)),
+        settle(&given_back, Decision::Release),
+    ]);
+    let (delivered, released) = settled.map(|it| (it.delivered, it.released)).unwrap();
+    assert_eq!((delivered, released), (1, 1));
+    let claimed = claim(&*store, 10);
+    assert_eq!(claimed.len(), 1);
+    assert_eq!(
+        (claimed[0].request.id, claimed[0].attempt),
+        (given_back.request.id, 1)
+    );
+    store.append(std::slice::from_ref(&short)).unwrap();
+    let claimed = claim_when_due(&*store, LEASE);
+    assert_eq!((claimed.request.id, claimed.attempt), (short.request.id, 2));
+    let late = settle(&short, Decision::Attempted(Verdict::Delivered));
+    assert_eq!(store.settle(&[late]), Ok(STALE));
 }
 
 fn append_is_all_or_none(bench: &Bench) {

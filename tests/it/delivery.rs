@@ -20,7 +20,7 @@ fn every_request_arrives_once_and_unchanged(route: Route) {
             setup = setup.set("proxy.num_clients", ROUND);
             ROUND
         }
-        Route::Sqlite | Route::Postgres | Route::Pgbouncer => REQUESTS,
+        _ => REQUESTS,
     };
     let proxy = setup.start();
     for first in (0..REQUESTS).step_by(round) {

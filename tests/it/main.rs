@@ -14,6 +14,7 @@
 
 mod support;
 
+mod ack;
 mod adopt;
 mod cli;
 mod contract;
@@ -21,10 +22,13 @@ mod crowd;
 mod delivery;
 mod descriptors;
 mod docs;
+mod fault_table;
 mod faults;
 mod fidelity;
 mod framing;
+mod instances;
 mod intake;
+mod kills;
 mod listening;
 mod log;
 mod metrics;

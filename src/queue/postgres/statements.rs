@@ -4,28 +4,30 @@
 pub(super) const APPEND: &str = "
     INSERT INTO proxy_requests
            (id, received_at, next_attempt_at, attempt, last_status, last_error,
-            method, target, headers, body)
+            method, target, headers, body, leased)
     SELECT id, received_at, now() + after * interval '1 second', attempt, status, error,
-           method, target, headers, body
-      FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+           method, target, headers, body, leased
+      FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
            AS new (id, received_at, after, attempt, status, error,
-                   method, target, headers, body)
+                   method, target, headers, body, leased)
         ON CONFLICT (id) DO NOTHING";
 
-/// As `APPEND`; `after` counts for nothing.
+/// As `APPEND`; `after` and `leased` count for nothing.
 pub(super) const APPEND_DEAD: &str = "
     INSERT INTO proxy_dead_letters
            (id, received_at, died_at, attempt, last_status, last_error,
             method, target, headers, body)
     SELECT id, received_at, now(), attempt, status, error,
            method, target, headers, body
-      FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+      FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
            AS new (id, received_at, after, attempt, status, error,
-                   method, target, headers, body)
+                   method, target, headers, body, leased)
         ON CONFLICT (id) DO NOTHING";
 
 /// Rows are found and ordered by `proxy_requests_due`, and updated where they were found. One
 /// that another instance changes meanwhile is skipped. No count overflows.
+///
+/// `$4`, if any, is where to begin: see [`Start`](super::start::Start).
 macro_rules! claim {
     ($order:literal) => {
         concat!(
@@ -33,7 +35,7 @@ macro_rules! claim {
     WITH due AS MATERIALIZED (
         SELECT ctid AS place, next_attempt_at AS due_at, octet_length(body) AS bytes
           FROM proxy_requests
-         WHERE next_attempt_at <= now()
+         WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
          ",
             $order,
             "

@@ -1,8 +1,10 @@
 //! A Postgres server of one's own, for tests that stop and start it.
 
 use std::net::{Ipv4Addr, TcpListener};
+use std::path::PathBuf;
 
-use rustix::process::Signal;
+use postgres::{Client, NoTls};
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use super::postgres::{give_to_server_account, server_command};
@@ -12,7 +14,9 @@ use super::proxy::PATIENCE;
 /// A cluster on a port of its own; not running at first.
 #[derive(Debug)]
 pub struct DedicatedCluster {
-    directory: TempDir,
+    directory: PathBuf,
+    /// Removed with it.
+    temporary: Option<TempDir>,
     port: u16,
     server: Option<Process>,
 }
@@ -20,18 +24,28 @@ pub struct DedicatedCluster {
 impl DedicatedCluster {
     /// Makes an empty cluster without starting it.
     pub fn create() -> DedicatedCluster {
-        let directory = TempDir::new().expect("temporary directory");
-        give_to_server_account(directory.path());
+        let temporary = TempDir::new().expect("temporary directory");
+        let directory = temporary.path().to_owned();
+        let mut cluster = DedicatedCluster::create_in(directory);
+        cluster.temporary = Some(temporary);
+        cluster
+    }
+
+    /// The same in a directory that may exist already.
+    pub fn create_in(directory: PathBuf) -> DedicatedCluster {
+        std::fs::create_dir_all(&directory).expect("create a directory");
+        give_to_server_account(&directory);
         let initdb = server_command("initdb")
             .args(["--username=test", "--auth=trust", "--no-sync", "-D"])
-            .arg(directory.path().join("data"))
-            .current_dir(directory.path())
+            .arg(directory.join("data"))
+            .current_dir(&directory)
             .output()
             .expect("run initdb");
         let errors = String::from_utf8_lossy(&initdb.stderr);
         assert!(initdb.status.success(), "initdb: {errors}");
         DedicatedCluster {
             directory,
+            temporary: None,
             port: free_port(),
             server: None,
         }
@@ -47,12 +61,12 @@ impl DedicatedCluster {
         let server = Process::spawn(
             server_command("postgres")
                 .arg("-D")
-                .arg(self.directory.path().join("data"))
+                .arg(self.directory.join("data"))
                 .args(["-c", "listen_addresses=127.0.0.1"])
                 .args(["-c", "unix_socket_directories="])
                 .args(["-c", "fsync=off"])
                 .args(["-p", &self.port.to_string()])
-                .current_dir(self.directory.path()),
+                .current_dir(&self.directory),
         );
         server.wait_for_line("ready to accept connections", PATIENCE);
         self.server = Some(server);
@@ -60,9 +74,50 @@ impl DedicatedCluster {
 
     /// Stops the server, breaking its connections.
     pub fn stop(&mut self) {
+        self.end(Signal::INT);
+    }
+
+    /// Ends the server as a crash would: it recovers when it starts again.
+    pub fn crash(&mut self) {
+        self.end(Signal::QUIT);
+    }
+
+    fn end(&mut self, signal: Signal) {
         let mut server = self.server.take().expect("stop only a running server");
-        server.signal(Signal::INT);
+        server.signal(signal);
         server.wait(PATIENCE);
+    }
+
+    /// Whether the server has not ended by itself.
+    pub fn is_running(&mut self) -> bool {
+        let server = self.server.take_if(|server| server.has_ended());
+        server.is_none()
+    }
+
+    /// Stops all its processes without ending them.
+    pub fn freeze(&self) {
+        self.signal_all(Signal::STOP);
+    }
+
+    pub fn thaw(&self) {
+        self.signal_all(Signal::CONT);
+    }
+
+    fn signal_all(&self, signal: Signal) {
+        let server = self.server.as_ref().expect("a running server");
+        for process in [server.pid()].into_iter().chain(children(server.pid())) {
+            let process = i32::try_from(process).ok().and_then(Pid::from_raw);
+            // One that has ended meanwhile needs no signal.
+            let _ = kill_process(process.expect("a process id"), signal);
+        }
+    }
+
+    /// Ends all connections but the one that does it.
+    pub fn terminate_connections(&self) {
+        let mut client = Client::connect(&self.url(), NoTls).expect("connect");
+        let terminate = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
+                         WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
+        client.simple_query(terminate).expect(terminate);
     }
 }
 
@@ -73,6 +128,14 @@ impl Drop for DedicatedCluster {
             self.stop();
         }
     }
+}
+
+/// Processes that a process has started and that run still.
+fn children(parent: u32) -> Vec<u32> {
+    let path = format!("/proc/{parent}/task/{parent}/children");
+    let children = std::fs::read_to_string(&path).expect(&path);
+    let children = children.split_whitespace();
+    children.filter_map(|child| child.parse().ok()).collect()
 }
 
 /// A port below those that the system hands out by itself: it stays free while the server is down.

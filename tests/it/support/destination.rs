@@ -31,6 +31,8 @@ enum Then {
     Reset,
     /// No answer: hold the connection.
     Hang,
+    /// A body that does not end.
+    Endless,
 }
 
 impl Answer {
@@ -53,6 +55,10 @@ impl Answer {
 
     pub fn reset() -> Answer {
         Answer::ok().then(Then::Reset)
+    }
+
+    pub fn endless() -> Answer {
+        Answer::ok().then(Then::Endless)
     }
 
     pub fn closing(self) -> Answer {
@@ -299,6 +305,7 @@ fn serve(shared: &Shared, number: usize, stream: TcpStream) {
                 let _ = SockRef::from(reader.get_ref()).set_linger(Some(Duration::ZERO));
                 return;
             }
+            Then::Endless => return pour(reader.get_mut()),
             Then::KeepOpen | Then::Close | Then::Hang => {
                 if reader
                     .get_mut()
@@ -313,6 +320,13 @@ fn serve(shared: &Shared, number: usize, stream: TcpStream) {
             return;
         }
     }
+}
+
+/// Sends an answer until nobody takes it any more.
+fn pour(stream: &mut TcpStream) {
+    let _ = stream.write_all(b"HTTP/1.1 200 Scripted\r\nTransfer-Encoding: chunked\r\n\r\n");
+    let chunk = [b"1000\r\n".as_slice(), &[b'x'; 0x1000], b"\r\n"].concat();
+    while stream.write_all(&chunk).is_ok() {}
 }
 
 /// Lets the answer's delay pass, however long; false if the destination closes meanwhile.

@@ -1,5 +1,7 @@
 //! A disk of a chosen size, to be filled up. A tmpfs, and so only root can have it.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -25,6 +27,15 @@ impl Disk {
     /// Changes an option: `ro`, `rw`, `size=64m`.
     pub fn remount(&self, option: &str) {
         run(&["-o", &format!("remount,{option}")], self.directory.path());
+    }
+
+    /// Leaves no room; returns the file that takes it.
+    pub fn fill(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        let mut file = File::create(&path).expect("create a file");
+        while file.write_all(&[0; 1 << 16]).is_ok() {}
+        while file.write_all(&[0]).is_ok() {}
+        path
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

@@ -150,11 +150,16 @@ pub struct Connection<S = TcpStream>(BufReader<S>);
 
 impl Connection {
     pub fn open(to: SocketAddr) -> Connection {
-        let stream = TcpStream::connect(to).expect("connect");
+        Connection::try_open(to).expect("connect")
+    }
+
+    /// `None` if nobody listens.
+    pub fn try_open(to: SocketAddr) -> Option<Connection> {
+        let stream = TcpStream::connect(to).ok()?;
         stream.set_nodelay(true).expect("TCP_NODELAY");
         stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
         stream.set_write_timeout(Some(PATIENCE)).expect("timeout");
-        Connection(BufReader::new(stream))
+        Some(Connection(BufReader::new(stream)))
     }
 
     /// Says that nothing more will be sent.

@@ -5,6 +5,7 @@ pub mod dedicated;
 pub mod destination;
 pub mod disk;
 pub mod http;
+pub mod load;
 pub mod metrics;
 pub mod pgbouncer;
 pub mod postgres;

@@ -17,6 +17,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct Pgbouncer {
     url: String,
     guard: Child,
+    port: u16,
+    server: (String, u16),
 }
 
 impl Pgbouncer {
@@ -28,18 +30,27 @@ impl Pgbouncer {
         assert!(is_installed, "install pgbouncer (tests/run.sh does)");
         for _ in 0..5 {
             // Someone else may take the port first.
-            if let Some(running) = Pgbouncer::try_start(database, free_port()) {
+            let server = (database.name().to_owned(), database.port());
+            if let Some(running) = Pgbouncer::try_start(server, free_port()) {
                 return running;
             }
         }
         panic!("pgbouncer does not start");
     }
 
-    fn try_start(database: &TestDb, port: u16) -> Option<Pgbouncer> {
+    /// Ends it, with all connections, and starts it again on the same port.
+    pub fn restart(&mut self) {
+        self.end();
+        let server = self.server.clone();
+        let restarted = Pgbouncer::try_start(server, self.port);
+        *self = restarted.expect("pgbouncer starts again");
+    }
+
+    fn try_start(server: (String, u16), port: u16) -> Option<Pgbouncer> {
         let directory = TempDir::new().expect("temporary directory");
         give_to_server_account(directory.path());
         let configuration = directory.path().join("pgbouncer.ini");
-        fs::write(&configuration, ini(database, port)).expect("write pgbouncer.ini");
+        fs::write(&configuration, ini(&server, port)).expect("write pgbouncer.ini");
         give_to_server_account(&configuration);
         // The server account's shell removes the directory: this process may be killed.
         let _ = directory.keep();
@@ -48,8 +59,13 @@ impl Pgbouncer {
                kill -9 $!; rm -rf "${0%/*}""#,
             &[&configuration],
         );
-        let url = format!("postgres://test@127.0.0.1:{port}/{}", database.name());
-        let running = Pgbouncer { url, guard };
+        let url = format!("postgres://test@127.0.0.1:{port}/{}", server.0);
+        let running = Pgbouncer {
+            url,
+            guard,
+            port,
+            server,
+        };
         let deadline = Instant::now() + START_TIMEOUT;
         while Instant::now() < deadline {
             if Client::connect(&running.url, NoTls).is_ok() {
@@ -65,15 +81,20 @@ impl Pgbouncer {
     }
 }
 
-impl Drop for Pgbouncer {
-    fn drop(&mut self) {
+impl Pgbouncer {
+    fn end(&mut self) {
         drop(self.guard.stdin.take());
         let _ = self.guard.wait();
     }
 }
 
-fn ini(database: &TestDb, port: u16) -> String {
-    let (name, server_port) = (database.name(), database.port());
+impl Drop for Pgbouncer {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn ini((name, server_port): &(String, u16), port: u16) -> String {
     format!(
         "[databases]\n\
          {name} = host=127.0.0.1 port={server_port} dbname={name} user=test\n\

@@ -89,6 +89,11 @@ impl Process {
         self.child.wait().expect("wait")
     }
 
+    /// Whether it has ended by itself.
+    pub fn has_ended(&self) -> bool {
+        self.output.lock().ended == 2
+    }
+
     /// Everything it wrote so far.
     pub fn text(&self) -> String {
         self.output.lock().lines.join("\n")

@@ -12,6 +12,9 @@ pub enum Route {
     Sqlite,
     Postgres,
     Pgbouncer,
+    /// Stored, and then sent without being claimed.
+    SqliteFirst,
+    PostgresFirst,
 }
 
 impl Route {
@@ -22,10 +25,15 @@ impl Route {
             // Room for all that a test sends before it looks: none of it is to overflow.
             Route::Direct => setup.set("proxy.num_clients", 64),
             Route::Sqlite => setup.set("server.enqueue_rate", 0),
-            Route::Postgres => {
+            Route::SqliteFirst => setup.set("server.ack", "stored"),
+            Route::Postgres | Route::PostgresFirst => {
                 let database = cluster().database();
+                let (key, value) = match self {
+                    Route::Postgres => ("server.enqueue_rate", "0"),
+                    _ => ("server.ack", "stored"),
+                };
                 setup
-                    .set("server.enqueue_rate", 0)
+                    .set(key, value)
                     .set("db.connection_string", database.url())
                     .keep(database)
             }
@@ -53,7 +61,7 @@ impl Route {
 /// Makes a test of `fn name(route: Route)` for each route listed, or for all.
 macro_rules! on_routes {
     ($name:ident) => {
-        on_routes!($name: direct Direct, sqlite Sqlite, postgres Postgres, pgbouncer Pgbouncer);
+        on_routes!($name: direct Direct, sqlite Sqlite, postgres Postgres, pgbouncer Pgbouncer, first SqliteFirst);
     };
     ($name:ident: $($test:ident $route:ident),+) => {
         mod $name {
