@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
+use crate::breaker::Destination;
 use crate::budget::Permit;
 use crate::limiter::TokenBucket;
 use crate::logger::LogLimit;
@@ -39,6 +40,7 @@ pub struct Admission {
     enqueue: Option<Mutex<TokenBucket>>,
     direct: Sender<Delivery>,
     appender: Appender,
+    destination: Arc<Destination>,
     /// With `server.ack: stored`.
     committing: Option<Committing>,
     metrics: Arc<Metrics>,
@@ -62,6 +64,7 @@ impl Admission {
         enqueue_rate: Option<u32>,
         direct: Sender<Delivery>,
         appender: Appender,
+        destination: Arc<Destination>,
         metrics: Arc<Metrics>,
     ) -> Admission {
         let now = Instant::now();
@@ -69,6 +72,7 @@ impl Admission {
             enqueue: enqueue_rate.map(|rate| Mutex::new(TokenBucket::new(rate, now))),
             direct,
             appender,
+            destination,
             committing: None,
             metrics,
             closed: RwLock::new(false),
@@ -101,7 +105,11 @@ impl Admission {
             let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
             bucket.available(Instant::now()) > 0
         };
-        self.has_direct_room() && self.enqueue.as_ref().is_none_or(has_token)
+        self.has_direct_room()
+            && self
+                .enqueue
+                .as_ref()
+                .is_none_or(|bucket| self.destination.is_closed() && has_token(bucket))
     }
 
     /// Admits a request; returns once it is in the channel, committed, or refused.
@@ -162,13 +170,15 @@ impl Admission {
             .unwrap_or_else(|delivery| self.store_or_direct(delivery))
     }
 
-    /// Takes a delivery direct, as far as the rate, the memory and the channel allow.
+    /// Takes a delivery direct, as far as the destination, the rate, the memory and the channel
+    /// allow.
     fn within_rate(
         &self,
         bucket: &Mutex<TokenBucket>,
         delivery: Delivery,
     ) -> Result<Admitted, Delivery> {
-        if !take_token(bucket) || delivery.is_memory_scarce() {
+        let may_go = self.destination.is_closed() && take_token(bucket);
+        if !may_go || delivery.is_memory_scarce() {
             return Err(delivery);
         }
         self.try_direct(delivery).map(|()| Admitted::Direct)
@@ -192,8 +202,9 @@ impl Admission {
     /// Commits a request: leased to this process and sent from memory as far as the rate, the
     /// memory and the workers allow, or else to be claimed.
     fn commit(&self, committing: &Committing, delivery: Delivery) -> Admitted {
-        let goes_direct =
-            self.enqueue.as_ref().is_none_or(take_token) && !delivery.is_memory_scarce();
+        let goes_direct = self.destination.is_closed()
+            && self.enqueue.as_ref().is_none_or(take_token)
+            && !delivery.is_memory_scarce();
         let is_stored = if goes_direct && committing.places.try_take() {
             self.commit_leased(committing, delivery)
         } else {

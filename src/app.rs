@@ -13,6 +13,7 @@ use signal_hook::iterator::Signals;
 use socket2::Socket;
 
 use crate::admission::{Admission, Committing};
+use crate::breaker::Destination;
 use crate::budget::Budget;
 use crate::config::{Acceptor as AcceptorKind, Ack, Bind, Config, Database, shown_address};
 use crate::control::{self, Control};
@@ -131,6 +132,7 @@ fn store(config: &Config) -> Arc<dyn Store> {
 struct Stage {
     store: Arc<dyn Store>,
     health: Arc<StoreHealth>,
+    destination: Arc<Destination>,
     metrics: Arc<Metrics>,
     budget: Arc<Budget>,
 }
@@ -185,10 +187,13 @@ impl Running {
         let metrics = Metrics::new(config.metrics.max_paths)
             .map_err(io::Error::other)
             .map_err(start("metrics"))?;
+        let metrics = Arc::new(metrics);
+        let failures_max = config.proxy.breaker_failures;
         let stage = Stage {
             store: store(config),
             health: Arc::default(),
-            metrics: Arc::new(metrics),
+            destination: Arc::new(Destination::new(failures_max, Arc::clone(&metrics))),
+            metrics,
             budget: Budget::new(config.server.memory_limit),
         };
         let signals = forward(&threads, signals)?;
@@ -206,6 +211,7 @@ impl Running {
             settlements: settlements.clone(),
             room: Arc::clone(&room),
             places: Arc::clone(&places),
+            destination: Arc::clone(&stage.destination),
             metrics: Arc::clone(&stage.metrics),
             hurry,
         });
@@ -353,6 +359,7 @@ fn new_poller(
         metrics: Arc::clone(&stage.metrics),
         budget: Arc::clone(&stage.budget),
         room: Arc::clone(room),
+        destination: Arc::clone(&stage.destination),
         per_second: config.queue.handle_per_second,
         request_timeout: config.proxy.request_timeout,
         woken,
@@ -416,6 +423,7 @@ fn new_intake(
         server.enqueue_enabled.then_some(server.enqueue_rate),
         direct,
         appender,
+        Arc::clone(&stage.destination),
         Arc::clone(&stage.metrics),
     );
     Intake {
@@ -484,6 +492,7 @@ fn start_control(
         metrics_path: config.metrics.path.clone(),
         metrics: Arc::clone(&stage.metrics),
         health: Arc::clone(&stage.health),
+        destination: Arc::clone(&stage.destination),
         intake: Arc::clone(intake),
         budget: Budget::new(CONTROL_BYTES_MAX),
     };

@@ -73,6 +73,7 @@ settings! {
     "proxy.remote_url" = "http://localhost:5000", "a URL", "the destination; a path in it is put before each target";
     "proxy.request_timeout" = "120s", "a duration", "time for one attempt, from connecting to the end of the answer";
     "proxy.num_clients" = "700", "a whole number", "threads that deliver direct requests, and how many more may wait for them";
+    "proxy.breaker_failures" = "10", "a whole number", "failed attempts in a row after which only probes are sent until one succeeds; `0`: never";
     "queue.workers" = "120", "a whole number", "threads that deliver stored requests";
     "queue.handle_per_second" = "30", "a whole number", "stored requests sent a second, at most";
     "queue.max_retries" = "1000", "a whole number", "attempts after the first, then a request is moved to the dead letters";
@@ -146,6 +147,8 @@ pub struct Proxy {
     pub remote_url: RemoteUrl,
     pub request_timeout: Duration,
     pub num_clients: usize,
+    /// 0: none.
+    pub breaker_failures: u32,
 }
 
 #[derive(Debug)]
@@ -212,6 +215,9 @@ impl Config {
                 request_timeout: raw.get("proxy.request_timeout", values::positive_duration)?,
                 num_clients: raw
                     .get("proxy.num_clients", |text| values::integer(text, 1, 10_000))?,
+                breaker_failures: raw.get("proxy.breaker_failures", |text| {
+                    values::integer(text, 0, 1_000_000)
+                })?,
             },
             queue: queue(&raw)?,
             db,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::breaker::Destination;
 use crate::budget::{Budget, Permit};
 use crate::intake::builtin::{Received, Service};
 use crate::intake::{Answer, Intake};
@@ -17,6 +18,7 @@ pub struct Control {
     pub metrics_path: String,
     pub metrics: Arc<Metrics>,
     pub health: Arc<StoreHealth>,
+    pub destination: Arc<Destination>,
     pub intake: Arc<Intake>,
     pub budget: Arc<Budget>,
 }
@@ -74,7 +76,10 @@ impl Control {
             return page(503, "shutting down\n");
         }
         let Some(fault) = self.health.fault() else {
-            return page(200, "ok\n");
+            return match self.destination.fault() {
+                None => page(200, "ok\n"),
+                Some(fault) => page(200, format!("ok, but the destination is down: {fault}\n")),
+            };
         };
         if self.intake.admission.has_direct_room() {
             page(200, format!("ok, but nothing can be stored: {fault}\n"))

@@ -15,7 +15,7 @@
 //!
 //! # Modules in reading order
 //!
-//! 1. Pure, no I/O: [`request`], [`limiter`], [`settle`].
+//! 1. Pure, no I/O: [`request`], [`limiter`], [`settle`], [`breaker`].
 //! 2. The outside: [`queue`] (the [`queue::Store`] contract, its two stores, and the threads
 //!    that write, claim and settle), [`upstream`] (the destination).
 //! 3. The pipeline: [`admission`], [`worker`], [`intake`], [`control`], [`drain`].
@@ -37,6 +37,7 @@
 
 pub mod admission;
 pub mod app;
+pub mod breaker;
 pub mod budget;
 pub mod cli;
 pub mod config;

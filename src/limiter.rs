@@ -21,6 +21,13 @@ impl TokenBucket {
         }
     }
 
+    /// Changes the rate from now on, and with it how many tokens there may be.
+    pub fn set_rate(&mut self, per_second: u32, now: Instant) {
+        self.available(now);
+        self.per_second = per_second.into();
+        self.tokens = self.tokens.min(self.per_second);
+    }
+
     /// Takes one token if there is one.
     pub fn try_take(&mut self, now: Instant) -> bool {
         let taken = self.available(now) > 0;
@@ -71,6 +78,18 @@ mod tests {
         assert_eq!((0..20).filter(|_| bucket.try_take(later)).count(), 2);
         let much_later = start + Duration::from_secs(60);
         assert_eq!(bucket.available(much_later), 10);
+    }
+
+    #[test]
+    fn a_lower_rate_takes_away_what_was_saved() {
+        let start = Instant::now();
+        let mut bucket = TokenBucket::new(100, start);
+        bucket.set_rate(10, start);
+        assert_eq!(bucket.available(start), 10);
+        bucket.take(10);
+        bucket.set_rate(100, start);
+        assert_eq!(bucket.available(start), 0);
+        assert_eq!(bucket.available(start + Duration::from_millis(500)), 50);
     }
 
     #[test]

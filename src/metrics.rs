@@ -47,6 +47,7 @@ pub struct Metrics {
     pub late_commits: IntCounter,
     pub lost_shutdown: IntCounter,
     pub in_flight: IntGauge,
+    pub breaker: Breaker,
     pub held_bytes: IntGauge,
     pub store_up: IntGauge,
     pub store_errors: IntCounter,
@@ -75,6 +76,13 @@ impl Refusals {
         self.total.inc();
         reason.inc();
     }
+}
+
+/// The destination's breaker.
+#[derive(Debug)]
+pub struct Breaker {
+    pub open: IntGauge,
+    pub opened: IntCounter,
 }
 
 #[derive(Debug)]
@@ -228,6 +236,7 @@ impl Metrics {
                 "asyncproxy_in_flight",
                 "Requests accepted that are held in memory only.",
             )?,
+            breaker: make.breaker()?,
             held_bytes: make.gauge("asyncproxy_held_bytes", "Body bytes held in memory.")?,
             store_up: make.gauge("asyncproxy_store_up", "1 while the store works, else 0.")?,
             store_errors: make.counter(
@@ -359,6 +368,19 @@ impl Make {
             requests,
             answer_seconds,
             delivery,
+        })
+    }
+
+    fn breaker(&self) -> Result<Breaker, prometheus::Error> {
+        Ok(Breaker {
+            open: self.gauge(
+                "asyncproxy_breaker_open",
+                "1 while the destination is taken to be down and only probes are sent.",
+            )?,
+            opened: self.counter(
+                "asyncproxy_breaker_opened_total",
+                "Times the destination was found to be down.",
+            )?,
         })
     }
 

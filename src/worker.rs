@@ -11,7 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use prometheus::IntGauge;
 
-use crate::budget::Permit;
+use crate::breaker::{Destination, Era, Permit};
+use crate::budget;
 use crate::logger::LogLimit;
 use crate::metrics::{Busy, Metrics};
 use crate::queue::poller::Room;
@@ -36,7 +37,7 @@ pub struct Delivery {
     /// Counts the attempt to be made next, or being made: at least 1.
     pub attempt: u32,
     pub origin: Origin,
-    permit: Arc<Permit>,
+    permit: Arc<budget::Permit>,
 }
 
 /// Where a delivery came from, which is where its failure goes.
@@ -52,7 +53,7 @@ pub enum Origin {
 
 impl Delivery {
     /// A request as it was accepted.
-    pub fn direct(request: Arc<Request>, permit: Permit) -> Delivery {
+    pub fn direct(request: Arc<Request>, permit: budget::Permit) -> Delivery {
         Delivery {
             request,
             attempt: 1,
@@ -70,7 +71,7 @@ impl Delivery {
     }
 
     /// A row as it was claimed.
-    pub fn claimed(row: Claimed, permit: Permit, send_until: Instant) -> Delivery {
+    pub fn claimed(row: Claimed, permit: budget::Permit, send_until: Instant) -> Delivery {
         Delivery {
             request: Arc::new(row.request),
             attempt: row.attempt,
@@ -84,10 +85,11 @@ impl Delivery {
         self.permit.is_scarce()
     }
 
-    fn next_attempt(&self) -> Delivery {
+    /// The same after so many attempts.
+    fn after(&self, attempts: u32) -> Delivery {
         Delivery {
             request: Arc::clone(&self.request),
-            attempt: self.attempt.saturating_add(1),
+            attempt: attempts.saturating_add(1),
             origin: self.origin,
             permit: Arc::clone(&self.permit),
         }
@@ -191,6 +193,7 @@ pub struct Shared {
     pub settlements: Settlements,
     pub room: Arc<Room>,
     pub places: Arc<Places>,
+    pub destination: Arc<Destination>,
     pub metrics: Arc<Metrics>,
     /// Closed when workers shall no longer wait for anything but their channel.
     pub hurry: Receiver<()>,
@@ -232,11 +235,10 @@ impl Worker {
 
     fn deliver_leased(&mut self, delivery: Delivery, send_until: Instant) {
         let delivery = self.slot.hold(delivery);
-        let decision = if Instant::now() > send_until {
-            Decision::Release
-        } else {
-            let verdict = self.attempt(&delivery);
-            Decision::Attempted(verdict)
+        let is_late = Instant::now() > send_until;
+        let decision = match self.shared.destination.permit() {
+            Permit::Granted(era) if !is_late => Decision::Attempted(self.attempt(&delivery, era)),
+            _ => Decision::Release,
         };
         if self.slot.take().is_some() {
             self.shared.settlements.send(delivery.settlement(decision));
@@ -249,9 +251,13 @@ impl Worker {
     fn deliver_direct(&mut self, delivery: Delivery) -> ControlFlow<()> {
         let mut delivery = self.slot.hold(delivery);
         loop {
-            let verdict = self.attempt(&delivery);
-            let is_delivered = verdict == Verdict::Delivered;
-            match fate(verdict).map_or(Kept::Over, |fate| self.keep(&delivery, fate)) {
+            let (fate, attempts) = match self.shared.destination.permit() {
+                Permit::Granted(era) => (fate(self.attempt(&delivery, era)), delivery.attempt),
+                Permit::Denied(until) => (Some(due_at(until)), delivery.attempt - 1),
+            };
+            let is_delivered = fate.is_none();
+            let kept = fate.map(|fate| self.keep(&delivery, attempts, fate));
+            match kept.unwrap_or(Kept::Over) {
                 Kept::Over => {
                     if self.slot.take().is_some() {
                         let metrics = &self.shared.metrics;
@@ -265,21 +271,21 @@ impl Worker {
                     if self.slot.take().is_none() {
                         return ControlFlow::Continue(());
                     }
-                    delivery = self.slot.hold(delivery.next_attempt());
+                    delivery = self.slot.hold(delivery.after(attempts));
                 }
             }
         }
     }
 
-    /// Tries to store what was not delivered, until it is due again or stored.
-    fn keep(&self, delivery: &Delivery, fate: Fate) -> Kept {
+    /// Tries to store what `attempts` did not deliver, until it is due again or stored.
+    fn keep(&self, delivery: &Delivery, attempts: u32, fate: Fate) -> Kept {
         let due = match &fate {
             Fate::Due { after, .. } => Some(Instant::now() + *after),
             // Given up: there is no further attempt, however long the store takes.
             Fate::Dead(_) | Fate::Leased(_) => None,
         };
         loop {
-            let row = delivery.to_row(delivery.attempt, remaining(&fate, due));
+            let row = delivery.to_row(attempts, remaining(&fate, due));
             let Err(error) = self.shared.appender.append(row) else {
                 return Kept::Over;
             };
@@ -298,10 +304,11 @@ impl Worker {
     }
 
     /// Makes the attempt that `delivery` counts, and tells what is to be done next.
-    fn attempt(&mut self, delivery: &Delivery) -> Verdict {
+    fn attempt(&mut self, delivery: &Delivery, era: Era) -> Verdict {
         let request = &delivery.request;
         let started = Instant::now();
         let outcome = self.client.send(request, delivery.attempt);
+        self.shared.destination.note(era, &outcome);
         let metrics = &self.shared.metrics;
         metrics
             .path(request.path())
@@ -358,6 +365,14 @@ fn remaining(fate: &Fate, due: Option<Instant>) -> Fate {
             failure: failure.clone(),
         },
         _ => fate.clone(),
+    }
+}
+
+/// The fate of a delivery that may not be sent before.
+fn due_at(at: Instant) -> Fate {
+    Fate::Due {
+        after: at.saturating_duration_since(Instant::now()),
+        failure: None,
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use asyncproxy::admission::Admission;
+use asyncproxy::breaker::Destination;
 use asyncproxy::budget::Budget;
 use asyncproxy::config::Bind;
 use asyncproxy::intake::builtin::{self, Times};
@@ -45,8 +46,9 @@ pub fn serve(acceptor: &str, bind: &str) -> SocketAddr {
         Wake::new().0,
         Duration::from_secs(5),
     );
+    let destination = Arc::new(Destination::new(0, Arc::clone(&metrics)));
     let intake = Arc::new(Intake {
-        admission: Admission::new(None, direct, appender, Arc::clone(&metrics)),
+        admission: Admission::new(None, direct, appender, destination, Arc::clone(&metrics)),
         metrics,
         budget: Budget::new(4 << 30),
         response_status: 200,

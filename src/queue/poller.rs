@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::health::StoreHealth;
 use super::{BATCH_ROWS_MAX, Store};
+use crate::breaker::{Destination, Pace};
 use crate::budget::Budget;
 use crate::limiter::TokenBucket;
 use crate::logger::LogLimit;
@@ -104,6 +105,7 @@ pub struct Poller {
     pub metrics: Arc<Metrics>,
     pub budget: Arc<Budget>,
     pub room: Arc<Room>,
+    pub destination: Arc<Destination>,
     pub per_second: u32,
     pub request_timeout: Duration,
     pub woken: Receiver<()>,
@@ -118,12 +120,8 @@ impl Poller {
         let mut bucket = TokenBucket::new(self.per_second, Instant::now());
         let mut pause = PAUSE_MIN;
         loop {
-            let tokens = bucket.available(Instant::now()) as usize;
-            let limit = match self.bytes_max() {
-                // Something is on its way, whose end makes room.
-                0 if self.room.claimed() > 0 => 0,
-                _ => self.room.available().min(tokens).min(BATCH_ROWS_MAX),
-            };
+            let pace = self.destination.pace();
+            let limit = self.limit(pace, &mut bucket);
             // While the store does not work, nobody but this tells when it works again.
             let claimed = if limit > 0 || self.health.fault().is_some() {
                 self.claim(limit)
@@ -134,7 +132,7 @@ impl Poller {
             bucket.take(u32::try_from(claimed).unwrap_or(u32::MAX));
             let wait = if limit == 0 {
                 // For room a worker wakes us; for a token nobody does.
-                self.wait_for_tokens(&mut bucket).unwrap_or(PAUSE_MAX)
+                self.wait(pace, &mut bucket)
             } else if claimed == limit {
                 pause = PAUSE_MIN;
                 Duration::ZERO
@@ -152,10 +150,48 @@ impl Poller {
         }
     }
 
-    /// Until a twentieth of a second's tokens are there: 20 claims a second are enough.
-    fn wait_for_tokens(&self, bucket: &mut TokenBucket) -> Option<Duration> {
-        let wait = bucket.wait_for((self.per_second / 20).max(1), Instant::now());
-        (!wait.is_zero()).then_some(wait)
+    /// How many rows may be claimed now.
+    fn limit(&self, pace: Pace, bucket: &mut TokenBucket) -> usize {
+        let now = Instant::now();
+        bucket.set_rate(self.rate(pace), now);
+        match (pace, self.bytes_max()) {
+            // The probe is on its way, or what will make room.
+            (Pace::Probe, _) | (_, 0) if self.room.claimed() > 0 => 0,
+            (Pace::Probe, _) => 1,
+            (Pace::Stopped(_), _) => 0,
+            (Pace::Full | Pace::Share(_), _) => {
+                let tokens = bucket.available(now) as usize;
+                self.room.available().min(tokens).min(BATCH_ROWS_MAX)
+            }
+        }
+    }
+
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a share of a u32"
+    )]
+    fn rate(&self, pace: Pace) -> u32 {
+        match pace {
+            Pace::Full => self.per_second,
+            Pace::Share(share) => ((f64::from(self.per_second) * share) as u32).max(1),
+            Pace::Probe | Pace::Stopped(_) => 1,
+        }
+    }
+
+    /// Until a probe is due, or a twentieth of a second's tokens are there: 20 claims a second are
+    /// enough.
+    fn wait(&self, pace: Pace, bucket: &mut TokenBucket) -> Duration {
+        let now = Instant::now();
+        let wait = match pace {
+            Pace::Stopped(until) => until.saturating_duration_since(now).max(PAUSE_MIN),
+            _ => bucket.wait_for((self.rate(pace) / 20).max(1), now),
+        };
+        if wait.is_zero() {
+            PAUSE_MAX
+        } else {
+            wait.min(PAUSE_MAX)
+        }
     }
 
     /// Waits, unless woken; tells whether to stop.

@@ -68,7 +68,9 @@ fn taking(ledger: &Ledger) -> Destination {
 }
 
 fn setup(destination: &Destination) -> Setup {
-    Setup::new(&destination.url()).set("proxy.request_timeout", "1s")
+    Setup::new(&destination.url())
+        .set("proxy.request_timeout", "1s")
+        .set("proxy.breaker_failures", 10)
 }
 
 /// Half of what comes is stored, half goes direct, with a spool for the time without Postgres.

@@ -73,7 +73,8 @@ fn a_program_killed_at_any_moment(route: Route, ack: &str) {
     let setup = route
         .to(&destination)
         .set("server.ack", ack)
-        .set("proxy.request_timeout", "1s");
+        .set("proxy.request_timeout", "1s")
+        .set("proxy.breaker_failures", 10);
     let load = Load::start(SENDERS, Duration::ZERO);
     let setup = kill_again_and_again(setup, &load, &mut rng);
     // The last one is left alone, and delivers what all before it have stored.

@@ -16,6 +16,7 @@ mod support;
 
 mod ack;
 mod adopt;
+mod breaker;
 mod cli;
 mod contract;
 mod crowd;

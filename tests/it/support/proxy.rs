@@ -23,10 +23,11 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 const BINARY: &str = env!("CARGO_BIN_EXE_asyncproxy");
 
 /// What the tests need to run fast; each test sets what it is about.
-const DEFAULTS: [(&str, &str); 9] = [
+const DEFAULTS: [(&str, &str); 10] = [
     ("server.bind", "127.0.0.1:0"),
     ("server.enqueue_rate", "100000"),
     ("metrics.bind", "127.0.0.1:0"),
+    ("proxy.breaker_failures", "0"),
     ("proxy.num_clients", "8"),
     ("queue.workers", "8"),
     ("queue.handle_per_second", "100000"),
