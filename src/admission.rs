@@ -15,7 +15,7 @@ use crate::logger::LogLimit;
 use crate::metrics::Metrics;
 use crate::queue::poller::lease;
 use crate::queue::settler::Settlements;
-use crate::queue::writer::Appender;
+use crate::queue::writer::{Appender, Place};
 use crate::queue::{Decision, Fate};
 use crate::request::Request;
 use crate::worker::{Delivery, Places};
@@ -97,6 +97,11 @@ impl Admission {
     /// Whether new requests can be admitted without the store at this moment.
     pub fn has_direct_room(&self) -> bool {
         self.committing.is_none() && !self.direct.is_full()
+    }
+
+    /// Whether requests can be committed while the store does not work.
+    pub fn has_spool(&self) -> bool {
+        self.appender.has_spool()
     }
 
     /// Whether the next request is likely to be admitted without waiting for the store.
@@ -217,13 +222,14 @@ impl Admission {
         }
     }
 
-    /// To be called with a place taken.
+    /// To be called with a place taken. What went to the spool is not sent from here.
     fn commit_leased(&self, committing: &Committing, delivery: Delivery) -> bool {
         let (lease, send_until) = lease(committing.request_timeout);
         let row = delivery.to_row(1, Fate::Leased(lease));
-        if self.appender.append(row).is_err() {
+        let committed = self.appender.append(row);
+        if committed != Ok(Place::Store) {
             committing.places.leave();
-            return false;
+            return committed.is_ok();
         }
         // There is a place for it: at most, a worker has still to take the one before.
         if let Err(refused) = self.direct.send(delivery.stored(send_until)) {

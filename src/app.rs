@@ -26,6 +26,7 @@ use crate::queue::health::StoreHealth;
 use crate::queue::poller::{Poller, Room, Sampler, Wake};
 use crate::queue::postgres::PostgresStore;
 use crate::queue::settler::{Settlements, Settler};
+use crate::queue::spool::{self, Mover, Spool};
 use crate::queue::sqlite::SqliteStore;
 use crate::queue::writer::{Appender, Writer};
 use crate::thread::Threads;
@@ -119,22 +120,52 @@ fn store(config: &Config) -> Arc<dyn Store> {
         Database::Sqlite(path) => {
             Arc::new(SqliteStore::new(path.clone(), db.use_index, db.timeout))
         }
-        Database::Postgres(postgres) => Arc::new(PostgresStore::new(
-            (**postgres).clone(),
-            db.max_connections,
-            db.use_index,
-            db.timeout,
-        )),
+        Database::Postgres(postgres) => {
+            let config = (**postgres).clone();
+            let store = PostgresStore::new(config, db.max_connections, db.use_index, db.timeout);
+            Arc::new(match db.spool {
+                Some(_) => store.with_append_timeout(spool::APPEND_TIMEOUT),
+                None => store,
+            })
+        }
     }
 }
 
 /// What the stages of the pipeline share.
 struct Stage {
     store: Arc<dyn Store>,
+    spool: Option<Arc<Spool>>,
     health: Arc<StoreHealth>,
     destination: Arc<Destination>,
     metrics: Arc<Metrics>,
     budget: Arc<Budget>,
+}
+
+impl Stage {
+    /// And where the spool, if there is one, tells that it has something.
+    fn new(config: &Config) -> Result<(Stage, Option<Receiver<()>>), RunError> {
+        let metrics = Metrics::new(config.metrics.max_paths)
+            .map_err(io::Error::other)
+            .map_err(start("metrics"))?;
+        let metrics = Arc::new(metrics);
+        let (spool, filled) = match config.db.spool.clone() {
+            None => (None, None),
+            Some(path) => {
+                let (spool, filled) = Spool::new(path, config.db.timeout, Arc::clone(&metrics));
+                (Some(Arc::new(spool)), Some(filled))
+            }
+        };
+        let destination = Destination::new(config.proxy.breaker_failures, Arc::clone(&metrics));
+        let stage = Stage {
+            store: store(config),
+            spool,
+            health: Arc::default(),
+            destination: Arc::new(destination),
+            metrics,
+            budget: Budget::new(config.server.memory_limit),
+        };
+        Ok((stage, filled))
+    }
 }
 
 /// The acceptor that the settings name.
@@ -184,22 +215,14 @@ impl Running {
         max_connections: usize,
     ) -> Result<Running, RunError> {
         let threads = Threads::default();
-        let metrics = Metrics::new(config.metrics.max_paths)
-            .map_err(io::Error::other)
-            .map_err(start("metrics"))?;
-        let metrics = Arc::new(metrics);
-        let failures_max = config.proxy.breaker_failures;
-        let stage = Stage {
-            store: store(config),
-            health: Arc::default(),
-            destination: Arc::new(Destination::new(failures_max, Arc::clone(&metrics))),
-            metrics,
-            budget: Budget::new(config.server.memory_limit),
-        };
+        let (stage, filled) = Stage::new(config)?;
         let signals = forward(&threads, signals)?;
         let (wake, woken) = Wake::new();
         let (claiming, stop) = bounded(0);
         let (appender, settlements) = start_store_threads(&threads, &stage, config, &wake, &stop)?;
+        if let (Some(spool), Some(filled)) = (&stage.spool, filled) {
+            start_mover(&threads, &stage, spool, filled, &wake, &stop)?;
+        }
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let places = Arc::new(Places::new(config.proxy.num_clients));
         let (direct_sender, direct) = bounded(config.proxy.num_clients);
@@ -235,6 +258,7 @@ impl Running {
         let accepting = start_intake(&threads, config, listener, max_connections, &intake)?;
         let drain = Drain {
             store: stage.store,
+            spool: stage.spool,
             metrics: stage.metrics,
             room,
             places,
@@ -327,6 +351,7 @@ fn start_store_threads(
     } = stage;
     let (writer, appender) = Writer::new(
         Arc::clone(store),
+        stage.spool.clone(),
         Arc::clone(health),
         Arc::clone(metrics),
         wake.clone(),
@@ -344,6 +369,26 @@ fn start_store_threads(
     };
     spawn(threads, "sampler", move || sampler.run())?;
     Ok((appender, settlements))
+}
+
+fn start_mover(
+    threads: &Threads,
+    stage: &Stage,
+    spool: &Arc<Spool>,
+    filled: Receiver<()>,
+    wake: &Wake,
+    stop: &Receiver<()>,
+) -> Result<(), RunError> {
+    let mover = Mover {
+        spool: Arc::clone(spool),
+        store: Arc::clone(&stage.store),
+        health: Arc::clone(&stage.health),
+        metrics: Arc::clone(&stage.metrics),
+        filled,
+        wake: wake.clone(),
+        stop: stop.clone(),
+    };
+    spawn(threads, "mover", move || mover.run())
 }
 
 fn new_poller(

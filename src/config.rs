@@ -7,7 +7,7 @@ mod raw;
 mod values;
 
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use address::{Bind, RemoteUrl, shown_address};
@@ -85,6 +85,7 @@ settings! {
     "db.max_connections" = "2", "a whole number", "connections to Postgres";
     "db.use_index" = "true", "true or false", "`false`: rows are claimed as they lie, not the oldest first";
     "db.timeout" = "5s", "a duration", "time for one operation of the store";
+    "db.spool" = "", "empty or sqlite:PATH", "a file for what Postgres does not take while it is down: `sqlite:PATH`; empty: none";
     "log.level" = "info", "a level", "`error`, `warn`, `info`, `debug` or `trace`";
 }
 
@@ -164,6 +165,8 @@ pub struct Db {
     pub max_connections: u32,
     pub use_index: bool,
     pub timeout: Duration,
+    /// A SQLite file for what Postgres does not take.
+    pub spool: Option<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -385,7 +388,12 @@ fn db(raw: &Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<(Db, Vec<String
         max_connections: raw.get("db.max_connections", |text| values::integer(text, 1, 1000))?,
         use_index: raw.get("db.use_index", values::boolean)?,
         timeout: raw.get("db.timeout", values::positive_duration)?,
+        spool: raw.get("db.spool", database::spool)?,
     };
+    if db.spool.is_some() && matches!(db.database, Database::Sqlite(_)) {
+        let what = "must be empty with SQLite as db.connection_string: it is for Postgres";
+        return Err(raw.error("db.spool", what));
+    }
     Ok((db, warnings))
 }
 

@@ -81,7 +81,9 @@ impl Control {
                 Some(fault) => page(200, format!("ok, but the destination is down: {fault}\n")),
             };
         };
-        if self.intake.admission.has_direct_room() {
+        if self.intake.admission.has_spool() {
+            page(200, format!("ok, but requests go to the spool: {fault}\n"))
+        } else if self.intake.admission.has_direct_room() {
             page(200, format!("ok, but nothing can be stored: {fault}\n"))
         } else {
             page(503, format!("{fault}\n"))

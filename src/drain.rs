@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use crate::metrics::Metrics;
 use crate::queue::poller::Room;
 use crate::queue::settler::Settlements;
+use crate::queue::spool::Spool;
 use crate::queue::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow, Settlement, Store, StoreError};
 use crate::worker::{Delivery, Origin, Places, Slot, interrupted};
 
@@ -30,6 +31,7 @@ const NAMED_MAX: usize = 1000;
 #[derive(Debug)]
 pub struct Drain {
     pub store: Arc<dyn Store>,
+    pub spool: Option<Arc<Spool>>,
     pub metrics: Arc<Metrics>,
     pub room: Arc<Room>,
     pub places: Arc<Places>,
@@ -144,7 +146,11 @@ impl Drain {
                     Some(self.store.append(&rows))
                 };
                 is_down |= matches!(result, Some(Err(StoreError::Unavailable(_))));
-                let is_stored = matches!(result, Some(Ok(())));
+                let is_spooled = || {
+                    let spool = self.spool.as_ref();
+                    spool.is_some_and(|spool| spool.append(&rows).is_ok())
+                };
+                let is_stored = matches!(result, Some(Ok(()))) || is_spooled();
                 if is_stored {
                     self.metrics.in_flight.sub(rows.len() as i64);
                 }

@@ -1,7 +1,7 @@
 //! The registry: the one place for metric names, labels and buckets.
 //!
 //! The rest of the program reports events through the fields here. They add up:
-//! accepted (direct + stored) = delivered + waiting + leased + in flight + dead + lost,
+//! accepted (direct + stored) = delivered + waiting + leased + spooled + in flight + dead + lost,
 //! counted from an empty queue; late commits come on top of what was accepted.
 
 use std::collections::HashMap;
@@ -48,6 +48,7 @@ pub struct Metrics {
     pub lost_shutdown: IntCounter,
     pub in_flight: IntGauge,
     pub breaker: Breaker,
+    pub spool: Spool,
     pub held_bytes: IntGauge,
     pub store_up: IntGauge,
     pub store_errors: IntCounter,
@@ -76,6 +77,14 @@ impl Refusals {
         self.total.inc();
         reason.inc();
     }
+}
+
+/// The file beside Postgres.
+#[derive(Debug)]
+pub struct Spool {
+    pub rows: IntGauge,
+    pub spooled: IntCounter,
+    pub moved: IntCounter,
 }
 
 /// The destination's breaker.
@@ -237,6 +246,7 @@ impl Metrics {
                 "Requests accepted that are held in memory only.",
             )?,
             breaker: make.breaker()?,
+            spool: make.spool()?,
             held_bytes: make.gauge("asyncproxy_held_bytes", "Body bytes held in memory.")?,
             store_up: make.gauge("asyncproxy_store_up", "1 while the store works, else 0.")?,
             store_errors: make.counter(
@@ -380,6 +390,20 @@ impl Make {
             opened: self.counter(
                 "asyncproxy_breaker_opened_total",
                 "Times the destination was found to be down.",
+            )?,
+        })
+    }
+
+    fn spool(&self) -> Result<Spool, prometheus::Error> {
+        Ok(Spool {
+            rows: self.gauge(
+                "asyncproxy_spool_rows",
+                "Requests in the spool, to be moved to Postgres.",
+            )?,
+            spooled: self.counter("asyncproxy_spooled_total", "Requests put into the spool.")?,
+            moved: self.counter(
+                "asyncproxy_spool_moved_total",
+                "Requests moved from the spool to Postgres.",
             )?,
         })
     }

@@ -41,6 +41,7 @@ pub fn serve(acceptor: &str, bind: &str) -> SocketAddr {
             true,
             Duration::from_secs(5),
         )),
+        None,
         Arc::new(StoreHealth::default()),
         Arc::clone(&metrics),
         Wake::new().0,

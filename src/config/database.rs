@@ -46,17 +46,10 @@ pub(super) struct Parsed {
 /// What it must be, without quoting it: it may hold a password.
 pub(super) fn parse(text: &str, default_user: &str) -> Result<Parsed, String> {
     if let Some(path) = text.strip_prefix("sqlite:") {
-        let path = path.strip_prefix("//").unwrap_or(path);
-        return match path {
-            "" => Err(ACCEPTED.into()),
-            ":memory:" => {
-                Err("sqlite: with the path of a file: a queue in memory would not survive".into())
-            }
-            path => Ok(Parsed {
-                database: Database::Sqlite(path.into()),
-                ignored: Vec::new(),
-            }),
-        };
+        return Ok(Parsed {
+            database: Database::Sqlite(file(path, ACCEPTED)?),
+            ignored: Vec::new(),
+        });
     }
     let mut ignored = Vec::new();
     let is_url = text.starts_with("postgres://") || text.starts_with("postgresql://");
@@ -84,6 +77,30 @@ pub(super) fn parse(text: &str, default_user: &str) -> Result<Parsed, String> {
         database: Database::Postgres(Box::new(config)),
         ignored,
     })
+}
+
+/// `db.spool`.
+///
+/// # Errors
+/// What it must be.
+pub(super) fn spool(text: &str) -> Result<Option<PathBuf>, String> {
+    const ACCEPTED: &str = "empty or sqlite:PATH";
+    match text.strip_prefix("sqlite:") {
+        Some(path) => file(path, ACCEPTED).map(Some),
+        None if text.is_empty() => Ok(None),
+        None => Err(ACCEPTED.into()),
+    }
+}
+
+/// What follows `sqlite:`.
+fn file(path: &str, accepted: &str) -> Result<PathBuf, String> {
+    match path.strip_prefix("//").unwrap_or(path) {
+        "" => Err(accepted.into()),
+        ":memory:" => {
+            Err("sqlite: with the path of a file: a queue in memory would not survive".into())
+        }
+        path => Ok(path.into()),
+    }
 }
 
 fn refuse_tls(ssl_mode: Option<&str>) -> Result<(), String> {

@@ -178,6 +178,14 @@ fn errors_name_the_setting_the_value_and_what_is_accepted() {
         ("a: b: c", &["not YAML"]),
         ("server:\n  bind: :1\n  bind: :2", &["not YAML", "bind"]),
         (
+            "db: {connection_string: 'host=h', spool: spool.sqlite}",
+            &["db.spool", "empty or sqlite:PATH", "spool.sqlite"],
+        ),
+        (
+            "db: {spool: 'sqlite:spool.sqlite'}",
+            &["db.spool", "must be empty with SQLite"],
+        ),
+        (
             "db: {connection_string: 'mysql://h'}",
             &["db.connection_string", "sqlite:PATH"],
         ),

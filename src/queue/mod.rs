@@ -8,6 +8,7 @@ pub mod migrate;
 pub mod poller;
 pub mod postgres;
 pub mod settler;
+pub mod spool;
 pub mod sqlite;
 pub mod writer;
 

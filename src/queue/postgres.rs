@@ -37,6 +37,8 @@ pub struct PostgresStore {
     connections: Connections,
     use_index: bool,
     start: Arc<Start>,
+    timeout: Duration,
+    append_timeout: Duration,
 }
 
 impl PostgresStore {
@@ -51,26 +53,39 @@ impl PostgresStore {
             connections: Connections::new(config, max_connections, timeout),
             use_index,
             start: Arc::default(),
+            timeout,
+            append_timeout: timeout,
+        }
+    }
+
+    /// Gives up an append sooner than other operations.
+    #[must_use]
+    pub fn with_append_timeout(self, append_timeout: Duration) -> PostgresStore {
+        PostgresStore {
+            append_timeout: append_timeout.min(self.timeout),
+            ..self
         }
     }
 
     fn run<T: Send + 'static>(
         &self,
+        timeout: Duration,
         operation: impl Fn(&mut Client) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, StoreError> {
-        self.connections.run(operation, |_, _| Ok(()))
+        self.connections.run(timeout, operation, |_, _| Ok(()))
     }
 }
 
 impl Store for PostgresStore {
     fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
         let rows = rows.to_vec();
-        self.run(move |client| append(client, &rows))
+        self.run(self.append_timeout, move |client| append(client, &rows))
     }
 
     fn claim(&self, limit: usize, bytes_max: usize, lease: Duration) -> Result<Claim, StoreError> {
         let start = self.use_index.then(|| Arc::clone(&self.start));
         self.connections.run(
+            self.timeout,
             move |client| claim(client, start.as_deref(), limit, bytes_max, lease),
             |client, unwanted| {
                 let mut outcomes = Outcomes::default();
@@ -84,11 +99,11 @@ impl Store for PostgresStore {
 
     fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
         let settlements = settlements.to_vec();
-        self.run(move |client| settle(client, &settlements))
+        self.run(self.timeout, move |client| settle(client, &settlements))
     }
 
     fn sample(&self) -> Result<Sample, StoreError> {
-        self.run(sample)
+        self.run(self.timeout, sample)
     }
 }
 

@@ -17,6 +17,7 @@ use crate::metrics::Metrics;
 const LINGER: Duration = Duration::from_millis(5);
 /// Pause between tries while the store does not work.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
+const RETRY_PAUSES_MAX: usize = 8;
 
 /// The workers' side: hands over settlements, and knows how many are under way.
 #[derive(Debug, Clone)]
@@ -106,7 +107,17 @@ impl Settler {
             match self.health.note("settle", result, &self.metrics) {
                 Ok(settled) => return self.count(batch, &settled),
                 // Repeating is safe: what was settled already is stale the second time.
-                Err(_) => std::thread::sleep(RETRY_PAUSE),
+                Err(_) => self.pause(),
+            }
+        }
+    }
+
+    /// Waits for the store, which the poller tries; but not for ever, as that may have ended.
+    fn pause(&self) {
+        for _ in 0..RETRY_PAUSES_MAX {
+            std::thread::sleep(RETRY_PAUSE);
+            if self.health.fault().is_none() {
+                return;
             }
         }
     }

@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::health::StoreHealth;
 use super::poller::Wake;
+use super::spool::Spool;
 use super::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow, Store, StoreError};
 use crate::metrics::Metrics;
 
@@ -19,7 +20,17 @@ struct Append {
     row: NewRow,
     /// Set by whoever comes first: the writer that starts on it, or the waiter who gives up.
     taken: Arc<AtomicBool>,
-    committed: Sender<Result<(), StoreError>>,
+    committed: Sender<Committed>,
+}
+
+type Committed = Result<Place, StoreError>;
+
+/// Where a row was committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    Store,
+    /// Waits there for the store, also if it was to be leased.
+    Spool,
 }
 
 /// The side of those who want rows stored.
@@ -27,18 +38,26 @@ struct Append {
 pub struct Appender {
     appends: Sender<Append>,
     health: Arc<StoreHealth>,
+    spool: Option<Arc<Spool>>,
     timeout: Duration,
 }
 
 impl Appender {
+    /// Whether rows are taken while the store does not work.
+    pub fn has_spool(&self) -> bool {
+        self.spool.as_ref().is_some_and(|spool| spool.works())
+    }
+
     /// Stores a row; returns once it is committed.
     ///
     /// # Errors
-    /// At once while the store is known not to work; else the store's error, or that there was
-    /// no answer within `db.timeout`. In that last case the row may be committed later all the
-    /// same, which makes it a duplicate at worst.
-    pub fn append(&self, row: NewRow) -> Result<(), StoreError> {
-        if let Some(fault) = self.health.fault() {
+    /// At once while the store is known not to work and there is no spool; else the store's or the
+    /// spool's error, or that there was no answer within `db.timeout`. In that last case the row
+    /// may be committed later all the same, which makes it a duplicate at worst.
+    pub fn append(&self, row: NewRow) -> Result<Place, StoreError> {
+        if let Some(fault) = self.health.fault()
+            && self.spool.is_none()
+        {
             return Err(fault);
         }
         let deadline = Instant::now() + self.timeout;
@@ -65,6 +84,7 @@ impl Appender {
 #[derive(Debug)]
 pub struct Writer {
     pub store: Arc<dyn Store>,
+    pub spool: Option<Arc<Spool>>,
     pub health: Arc<StoreHealth>,
     pub metrics: Arc<Metrics>,
     pub wake: Wake,
@@ -75,6 +95,7 @@ impl Writer {
     /// A writer, and the way to hand it rows. `timeout` bounds the wait of each appender.
     pub fn new(
         store: Arc<dyn Store>,
+        spool: Option<Arc<Spool>>,
         health: Arc<StoreHealth>,
         metrics: Arc<Metrics>,
         wake: Wake,
@@ -84,10 +105,12 @@ impl Writer {
         let appender = Appender {
             appends: sender,
             health: Arc::clone(&health),
+            spool: spool.clone(),
             timeout,
         };
         let writer = Writer {
             store,
+            spool,
             health,
             metrics,
             wake,
@@ -106,7 +129,7 @@ impl Writer {
         }
     }
 
-    fn gather(&self, first: Append) -> (Vec<NewRow>, Vec<Sender<Result<(), StoreError>>>) {
+    fn gather(&self, first: Append) -> (Vec<NewRow>, Vec<Sender<Committed>>) {
         let (mut rows, mut waiting, mut bytes) = (Vec::new(), Vec::new(), 0);
         for append in std::iter::once(first).chain(self.appends.try_iter()) {
             if append.taken.swap(true, Ordering::Relaxed) {
@@ -124,9 +147,8 @@ impl Writer {
         (rows, waiting)
     }
 
-    fn commit(&self, rows: &[NewRow], waiting: &[Sender<Result<(), StoreError>>]) {
-        let result = self.store.append(rows);
-        let result = self.health.note("append", result, &self.metrics);
+    fn commit(&self, rows: &[NewRow], waiting: &[Sender<Committed>]) {
+        let result = self.append(rows);
         if result.is_ok() {
             #[expect(clippy::cast_precision_loss, reason = "at most BATCH_ROWS_MAX")]
             self.metrics.batch_append.observe(rows.len() as f64);
@@ -138,8 +160,26 @@ impl Writer {
             }
         }
         let due_now = |row: &NewRow| matches!(row.fate, Fate::Due { after, .. } if after.is_zero());
-        if result.is_ok() && rows.iter().any(due_now) {
+        if result == Ok(Place::Store) && rows.iter().any(due_now) {
             self.wake.wake();
         }
+    }
+
+    /// Commits rows to the store, or else to the spool.
+    fn append(&self, rows: &[NewRow]) -> Committed {
+        let fault = match (&self.spool, self.health.fault()) {
+            (Some(_), Some(fault)) => fault,
+            _ => {
+                let result = self.store.append(rows);
+                match self.health.note("append", result, &self.metrics) {
+                    Ok(()) => return Ok(Place::Store),
+                    Err(error) => error,
+                }
+            }
+        };
+        let Some(spool) = &self.spool else {
+            return Err(fault);
+        };
+        spool.append(rows).map(|()| Place::Spool)
     }
 }

@@ -77,6 +77,7 @@ fn setup(destination: &Destination) -> Setup {
 fn through_postgres(destination: &Destination, url: &str) -> Setup {
     setup(destination)
         .set("db.connection_string", url)
+        .set("db.spool", "sqlite:spool.sqlite")
         .set("server.enqueue_rate", 500)
 }
 

@@ -38,3 +38,4 @@ mod postgres_store;
 mod retry;
 mod selftest;
 mod shutdown;
+mod spool;

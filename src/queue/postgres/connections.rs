@@ -58,14 +58,11 @@ pub(super) struct Connections {
     /// Without buffer: a job is taken by a thread that is free, or not at all.
     jobs: (Sender<Job>, Receiver<Job>),
     threads: Mutex<Threads>,
-    timeout: Duration,
 }
 
 impl fmt::Debug for Connections {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connections")
-            .field("timeout", &self.timeout)
-            .finish_non_exhaustive()
+        f.debug_struct("Connections").finish_non_exhaustive()
     }
 }
 
@@ -100,36 +97,43 @@ impl Connections {
             }),
             jobs: bounded(0),
             threads: Mutex::default(),
-            timeout,
         }
     }
 
-    /// Runs `operation`, again on another connection if the one it got had died while idle: so
+    /// Runs `operation` for `timeout` at most, again on another connection if the one it got had died while idle: so
     /// it must be one that may be repeated. If the caller has gone when it succeeds,
     /// `undo` gets the result nobody waits for.
     pub(super) fn run<T: Send + 'static>(
         &self,
+        timeout: Duration,
         operation: impl Fn(&mut Client) -> Result<T, Fault> + Send + 'static,
         undo: impl Fn(&mut Client, &T) -> Result<(), Fault> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let deadline = Instant::now() + self.timeout;
+        let deadline = Instant::now() + timeout;
         // Without buffer: the result is either taken or known not to be.
         let (answer, answered) = bounded(0);
+        let caller_has_gone = Arc::new(AtomicBool::new(false));
+        let is_wanted = {
+            let caller_has_gone = Arc::clone(&caller_has_gone);
+            move || !caller_has_gone.load(Ordering::Acquire)
+        };
         let job = Box::new(move |shared: &Shared| {
-            let result = shared.run(&operation);
+            let result = shared.run(&operation, &is_wanted);
             if let Err(SendError(Ok(unwanted))) = answer.send(result) {
                 // Best effort: what is not undone is a lease, and ends by itself.
-                let _ = shared.run(&|client| undo(client, &unwanted));
+                let _ = shared.run(&|client| undo(client, &unwanted), &|| true);
             }
         });
         self.hand_over(job, deadline)?;
         answered
             .recv_deadline(deadline)
             .unwrap_or_else(|error| match error {
-                RecvTimeoutError::Timeout => Err(StoreError::Unavailable(format!(
-                    "no answer within {:?}",
-                    self.timeout
-                ))),
+                RecvTimeoutError::Timeout => {
+                    // If it still waits for a connection, it shall not begin.
+                    caller_has_gone.store(true, Ordering::Release);
+                    let why = format!("no answer within {timeout:?}");
+                    Err(StoreError::Unavailable(why))
+                }
                 RecvTimeoutError::Disconnected => {
                     Err(StoreError::Failed("the operation panicked".into()))
                 }
@@ -142,10 +146,10 @@ impl Connections {
             Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
         };
         self.add_thread()?;
-        self.jobs.0.send_deadline(job, deadline).map_err(|_| {
-            let why = format!("all connections busy for {:?}", self.timeout);
-            StoreError::Unavailable(why)
-        })
+        self.jobs
+            .0
+            .send_deadline(job, deadline)
+            .map_err(|_| StoreError::Unavailable("no free connection in time".into()))
     }
 
     /// Starts one more thread, unless there are as many as connections.
@@ -177,15 +181,23 @@ struct Shared {
 }
 
 impl Shared {
-    fn run<T>(&self, operation: &dyn Fn(&mut Client) -> Result<T, Fault>) -> Result<T, StoreError> {
+    fn run<T>(
+        &self,
+        operation: &dyn Fn(&mut Client) -> Result<T, Fault>,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<T, StoreError> {
         let asked_at = Instant::now();
         // A restarted server leaves a whole pool of dead connections behind.
         let mut dead = 0;
         loop {
             let mut link = self.pool.get().map_err(|_| self.no_connection())?;
-            let result = self
-                .ensure_migrated(&mut link.client)
-                .and_then(|()| operation(&mut link.client));
+            let result = self.ensure_migrated(&mut link.client).and_then(|()| {
+                if is_wanted() {
+                    operation(&mut link.client)
+                } else {
+                    Err(Fault::Store(self.no_connection()))
+                }
+            });
             let fault = match result {
                 Ok(value) => return Ok(value),
                 Err(fault) => fault,

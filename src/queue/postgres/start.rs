@@ -12,6 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 const LONG: Duration = Duration::from_millis(10);
 /// Of all time, such claims may take one part in so many.
 const SHARE: u32 = 20;
+/// No row waits longer for being found, however long a claim took (for another reason, perhaps).
+const UNSEEN_MAX: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Default)]
 pub(super) struct Start(Mutex<Option<Ended>>);
@@ -40,7 +42,7 @@ impl Start {
         match (start, &mut *ended) {
             (Some(_), Some(ended)) => ended.due_at = ended.due_at.max(due_at),
             (None, _) if took > LONG => {
-                let until = Instant::now() + SHARE * took;
+                let until = Instant::now() + (SHARE * took).min(UNSEEN_MAX);
                 *ended = Some(Ended { due_at, until });
             }
             _ => {}
@@ -59,10 +61,13 @@ mod tests {
         let later = |seconds| Instant::now() + Duration::from_secs(seconds);
         start.note(None, LONG, at(1));
         assert_eq!(start.get(Instant::now()), None);
-        start.note(None, Duration::from_secs(1), at(2));
+        start.note(None, Duration::from_millis(100), at(2));
         assert_eq!(start.get(Instant::now()), Some(at(2)));
         start.note(Some(at(2)), Duration::from_millis(1), at(3));
-        assert_eq!(start.get(later(15)), Some(at(3)));
-        assert_eq!(start.get(later(21)), None);
+        assert_eq!(start.get(later(1)), Some(at(3)));
+        assert_eq!(start.get(later(3)), None);
+        start.note(None, Duration::from_secs(10), at(4));
+        assert_eq!(start.get(later(4)), Some(at(4)));
+        assert_eq!(start.get(later(6)), None);
     }
 }

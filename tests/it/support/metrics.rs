@@ -13,10 +13,11 @@ use super::proxy::{PATIENCE, Proxy};
 pub struct Metrics(BTreeMap<String, f64>);
 
 /// Where an accepted request can be. They must add up to what was accepted.
-const WHEREABOUTS: [&str; 6] = [
+const WHEREABOUTS: [&str; 7] = [
     "asyncproxy_delivered_total",
     "asyncproxy_queue_rows{state=\"waiting\"}",
     "asyncproxy_queue_rows{state=\"leased\"}",
+    "asyncproxy_spool_rows",
     "asyncproxy_in_flight",
     "asyncproxy_queue_rows{state=\"dead\"}",
     "asyncproxy_lost_total{reason=\"shutdown\"}",
