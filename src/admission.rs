@@ -21,6 +21,7 @@ use crate::request::Request;
 use crate::worker::{Delivery, Places};
 
 static REFUSED: LogLimit = LogLimit::new();
+static FULL: LogLimit = LogLimit::new();
 
 /// What became of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub enum Admitted {
     Stored,
     /// Neither would take it; the sender should come again.
     Refused,
+    /// It would have to be stored, and there are as many rows as there may be.
+    QueueFull,
 }
 
 /// Shared by all intake threads.
@@ -155,6 +158,12 @@ impl Admission {
         match admitted {
             Admitted::Direct => self.metrics.admitted_direct.inc(),
             Admitted::Stored => self.metrics.admitted_stored.inc(),
+            Admitted::QueueFull => {
+                self.metrics.refused.count(&self.metrics.refused.queue_full);
+                if let Some(suppressed) = FULL.allow() {
+                    log::error!(suppressed; "request refused: the queue holds queue.max_rows");
+                }
+            }
             Admitted::Refused => {
                 self.metrics.refused.count(&self.metrics.refused.overloaded);
                 if let Some(suppressed) = REFUSED.allow() {
@@ -190,18 +199,22 @@ impl Admission {
     }
 
     fn store_or_direct(&self, delivery: Delivery) -> Admitted {
-        if self.store(&delivery) {
-            return Admitted::Stored;
+        match self.store(&delivery) {
+            Admitted::Refused => self.direct_or_refused(delivery),
+            admitted => admitted,
         }
-        self.direct_or_refused(delivery)
     }
 
-    fn store(&self, delivery: &Delivery) -> bool {
+    fn store(&self, delivery: &Delivery) -> Admitted {
         let due = Fate::Due {
             after: Duration::ZERO,
             failure: None,
         };
-        self.appender.append(delivery.to_row(0, due)).is_ok()
+        match self.appender.append_new(delivery.to_row(0, due)) {
+            None => Admitted::QueueFull,
+            Some(Err(_)) => Admitted::Refused,
+            Some(Ok(_)) => Admitted::Stored,
+        }
     }
 
     /// Commits a request: leased to this process and sent from memory as far as the rate, the
@@ -210,26 +223,25 @@ impl Admission {
         let goes_direct = self.destination.is_closed()
             && self.enqueue.as_ref().is_none_or(take_token)
             && !delivery.is_memory_scarce();
-        let is_stored = if goes_direct && committing.places.try_take() {
+        if goes_direct && committing.places.try_take() {
             self.commit_leased(committing, delivery)
         } else {
             self.store(&delivery)
-        };
-        if is_stored {
-            Admitted::Stored
-        } else {
-            Admitted::Refused
         }
     }
 
     /// To be called with a place taken. What went to the spool is not sent from here.
-    fn commit_leased(&self, committing: &Committing, delivery: Delivery) -> bool {
+    fn commit_leased(&self, committing: &Committing, delivery: Delivery) -> Admitted {
         let (lease, send_until) = lease(committing.request_timeout);
         let row = delivery.to_row(1, Fate::Leased(lease));
-        let committed = self.appender.append(row);
-        if committed != Ok(Place::Store) {
+        let committed = self.appender.append_new(row);
+        if committed != Some(Ok(Place::Store)) {
             committing.places.leave();
-            return committed.is_ok();
+            return match committed {
+                None => Admitted::QueueFull,
+                Some(Err(_)) => Admitted::Refused,
+                Some(Ok(_)) => Admitted::Stored,
+            };
         }
         // There is a place for it: at most, a worker has still to take the one before.
         if let Err(refused) = self.direct.send(delivery.stored(send_until)) {
@@ -237,7 +249,7 @@ impl Admission {
             committing.settlements.send(unsent);
             committing.places.leave();
         }
-        true
+        Admitted::Stored
     }
 
     fn direct_or_refused(&self, delivery: Delivery) -> Admitted {

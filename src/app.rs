@@ -22,6 +22,7 @@ use crate::drain::Drain;
 use crate::intake::{Intake, builtin, tiny_http};
 use crate::metrics::Metrics;
 use crate::queue::Store;
+use crate::queue::depth::Depth;
 use crate::queue::health::StoreHealth;
 use crate::queue::poller::{Poller, Room, Sampler, Wake};
 use crate::queue::postgres::PostgresStore;
@@ -147,6 +148,7 @@ impl Stage {
         let metrics = Metrics::new(config.metrics.max_paths)
             .map_err(io::Error::other)
             .map_err(start("metrics"))?;
+        metrics.set_rows_max(config.queue.max_rows);
         let metrics = Arc::new(metrics);
         let (spool, filled) = match config.db.spool.clone() {
             None => (None, None),
@@ -159,7 +161,7 @@ impl Stage {
         let stage = Stage {
             store: store(config),
             spool,
-            health: Arc::default(),
+            health: Arc::new(StoreHealth::new(Depth::new(config.queue.max_rows))),
             destination: Arc::new(destination),
             metrics,
             budget: Budget::new(config.server.memory_limit),

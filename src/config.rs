@@ -81,6 +81,7 @@ settings! {
     "queue.backoff_max" = "10m", "a duration", "longest pause between attempts";
     "queue.max_age" = "0s", "a duration", "age at which a request that fails is moved to the dead letters; `0`: none";
     "queue.give_up_statuses" = "", "a list of statuses", "answers after which there is no further attempt, such as `[410]`";
+    "queue.max_rows" = "0", "a whole number", "stored requests past which new ones that would have to be stored are refused with 503; `0`: no limit";
     "db.connection_string" = "sqlite:asyncproxy.sqlite", "a connection string", "the queue: `sqlite:PATH`, a Postgres URL, or libpq keywords";
     "db.max_connections" = "2", "a whole number", "connections to Postgres";
     "db.use_index" = "true", "true or false", "`false`: rows are claimed as they lie, not the oldest first";
@@ -156,6 +157,8 @@ pub struct Proxy {
 pub struct Queue {
     pub workers: usize,
     pub handle_per_second: u32,
+    /// 0: no limit.
+    pub max_rows: u64,
     pub retry: RetryPolicy,
 }
 
@@ -360,6 +363,9 @@ fn queue(raw: &Raw) -> Result<Queue, ConfigError> {
         workers: raw.get("queue.workers", |text| values::integer(text, 1, 10_000))?,
         handle_per_second: raw.get("queue.handle_per_second", |text| {
             values::integer(text, 1, 1_000_000)
+        })?,
+        max_rows: raw.get("queue.max_rows", |text| {
+            values::integer(text, 0, 1_000_000_000_000)
         })?,
         retry: RetryPolicy {
             // One less than what counts as an attempt.

@@ -69,6 +69,7 @@ pub struct Refusals {
     pub too_large: IntCounter,
     pub timeout: IntCounter,
     pub overloaded: IntCounter,
+    pub queue_full: IntCounter,
 }
 
 impl Refusals {
@@ -101,6 +102,7 @@ struct RowGauges {
     leased: IntGauge,
     dead: IntGauge,
     oldest: Gauge,
+    max: IntGauge,
 }
 
 /// Metrics of one path.
@@ -269,6 +271,12 @@ impl Metrics {
         self.paths.of(path)
     }
 
+    /// Shows how many rows there may be.
+    pub fn set_rows_max(&self, rows_max: u64) {
+        let rows_max = i64::try_from(rows_max).unwrap_or(i64::MAX);
+        self.rows.max.set(rows_max);
+    }
+
     /// Takes over a count of the rows.
     pub fn sampled(&self, sample: &Sample) {
         let rows = &self.rows;
@@ -409,10 +417,19 @@ impl Make {
     }
 
     fn refusals(&self, total: IntCounter) -> Result<Refusals, prometheus::Error> {
-        let [invalid, too_large, timeout, overloaded] = self.counters_by(
+        let [invalid, too_large, timeout, overloaded, queue_full] = self.counters_by(
             "asyncproxy_refused_total",
             "Requests answered with an error, by reason.",
-            ("reason", ["invalid", "too_large", "timeout", "overloaded"]),
+            (
+                "reason",
+                [
+                    "invalid",
+                    "too_large",
+                    "timeout",
+                    "overloaded",
+                    "queue_full",
+                ],
+            ),
         )?;
         Ok(Refusals {
             total,
@@ -420,6 +437,7 @@ impl Make {
             too_large,
             timeout,
             overloaded,
+            queue_full,
         })
     }
 
@@ -449,6 +467,10 @@ impl Make {
             leased,
             dead,
             oldest: self.register(oldest)?,
+            max: self.gauge(
+                "asyncproxy_queue_rows_max",
+                "Rows that may wait or be leased (queue.max_rows); 0: no limit.",
+            )?,
         })
     }
 }

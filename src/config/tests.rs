@@ -125,6 +125,10 @@ fn errors_name_the_setting_the_value_and_what_is_accepted() {
             &["server.enqueue_enabled", "true or false"],
         ),
         (
+            "queue: {max_rows: -1}",
+            &["queue.max_rows", "whole number", "\"-1\""],
+        ),
+        (
             "server: {ack: sent}",
             &["server.ack", "received or stored", "\"sent\""],
         ),

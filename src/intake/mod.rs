@@ -144,7 +144,7 @@ impl Intake {
         match admitted {
             Admitted::Direct | Admitted::Stored => Answer::Accepted(self.response_status),
             // Admission counts its own refusals.
-            Admitted::Refused => Answer::Overloaded,
+            Admitted::Refused | Admitted::QueueFull => Answer::Overloaded,
         }
     }
 

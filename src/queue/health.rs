@@ -1,4 +1,5 @@
-//! Whether the store works, as the last operation on it showed.
+//! What is known of the store: whether it works, as the last operation on it showed, and how many
+//! rows it holds.
 //!
 //! While it does not, only the poller goes on trying: nobody else waits out a timeout that
 //! another has waited out already.
@@ -6,6 +7,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::StoreError;
+use super::depth::Depth;
 use crate::logger::LogLimit;
 use crate::metrics::Metrics;
 
@@ -13,7 +15,10 @@ static FAILURES: LogLimit = LogLimit::new();
 
 /// Shared by all who use the store.
 #[derive(Debug, Default)]
-pub struct StoreHealth(Mutex<State>);
+pub struct StoreHealth {
+    state: Mutex<State>,
+    pub depth: Depth,
+}
 
 #[derive(Debug, Clone, Default)]
 enum State {
@@ -25,9 +30,16 @@ enum State {
 }
 
 impl StoreHealth {
+    pub fn new(depth: Depth) -> StoreHealth {
+        StoreHealth {
+            state: Mutex::default(),
+            depth,
+        }
+    }
+
     /// Why the store cannot be used, if it cannot.
     pub fn fault(&self) -> Option<StoreError> {
-        match &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+        match &*self.state.lock().unwrap_or_else(PoisonError::into_inner) {
             State::Down(error) => Some(error.clone()),
             State::Unknown | State::Up => None,
         }
@@ -49,7 +61,7 @@ impl StoreHealth {
         };
         let before = {
             // Every admission looks in here: nothing is logged meanwhile.
-            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::replace(&mut *state, now)
         };
         metrics.store_up.set(i64::from(result.is_ok()));

@@ -3,6 +3,7 @@
 //! Owns the types; [`sqlite`] and [`postgres`] keep the rows. Every change is one short
 //! transaction: a claim is a lease, never a delete, and nothing is held while a request is sent.
 
+pub mod depth;
 pub mod health;
 pub mod migrate;
 pub mod poller;

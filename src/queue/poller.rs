@@ -222,6 +222,7 @@ impl Poller {
         let Ok(claim) = self.health.note("claim", result, &self.metrics) else {
             return 0;
         };
+        self.health.depth.leave(claim.unreadable);
         self.metrics.unreadable.inc_by(claim.unreadable);
         let count = claim.rows.len();
         if count > 0 {
@@ -260,7 +261,11 @@ impl Sampler {
             // A store that does not work is for the poller to try.
             if self.health.fault().is_none() {
                 match self.store.sample() {
-                    Ok(sample) => self.metrics.sampled(&sample),
+                    Ok(sample) => {
+                        let rows = sample.waiting + sample.leased;
+                        self.health.depth.counted(rows);
+                        self.metrics.sampled(&sample);
+                    }
                     // A count that takes too long does not mean that nothing else works.
                     Err(error) => {
                         self.metrics.store_errors.inc();

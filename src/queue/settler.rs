@@ -125,6 +125,7 @@ impl Settler {
     fn count(&self, batch: &[Settlement], settled: &Settled) {
         #[expect(clippy::cast_precision_loss, reason = "at most BATCH_ROWS_MAX")]
         self.metrics.batch_settle.observe(batch.len() as f64);
+        self.health.depth.leave(settled.delivered + settled.buried);
         self.metrics.delivered.inc_by(settled.delivered);
         self.metrics.stale.inc_by(settled.stale);
     }

@@ -218,6 +218,7 @@ impl Mover {
         self.health.note("append", result, &self.metrics)?;
         let ids: Vec<Uuid> = rows.iter().map(|row| row.request.id).collect();
         self.spool.remove(&ids)?;
+        self.health.depth.add(rows.len() as i64);
         self.metrics.spool.moved.inc_by(rows.len() as u64);
         self.wake.wake();
         Ok(rows.len())

@@ -55,6 +55,31 @@ impl Appender {
     /// spool's error, or that there was no answer within `db.timeout`. In that last case the row
     /// may be committed later all the same, which makes it a duplicate at worst.
     pub fn append(&self, row: NewRow) -> Result<Place, StoreError> {
+        let depth = &self.health.depth;
+        depth.enter();
+        let is_dead = matches!(row.fate, Fate::Dead(_));
+        let result = self.commit(row);
+        if is_dead || result != Ok(Place::Store) {
+            depth.leave(1);
+        }
+        result
+    }
+
+    /// As [`Appender::append`], for a row that may be refused: `None` when there are as many rows
+    /// as there may be.
+    pub fn append_new(&self, row: NewRow) -> Option<Result<Place, StoreError>> {
+        let depth = &self.health.depth;
+        if !depth.try_enter() {
+            return None;
+        }
+        let result = self.commit(row);
+        if result != Ok(Place::Store) {
+            depth.leave(1);
+        }
+        Some(result)
+    }
+
+    fn commit(&self, row: NewRow) -> Result<Place, StoreError> {
         if let Some(fault) = self.health.fault()
             && self.spool.is_none()
         {

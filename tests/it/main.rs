@@ -27,6 +27,7 @@ mod fault_table;
 mod faults;
 mod fidelity;
 mod framing;
+mod growth;
 mod instances;
 mod intake;
 mod kills;

@@ -132,8 +132,14 @@ fn attempts_and_dead_letters_go_along() {
     wait_until("all to be spooled", || rows(&proxy) == 10.0);
     cluster.start();
     let seen = destination.wait_for(10 + 9, PATIENCE);
-    let attempts: Vec<_> = seen.iter().map(|seen| (seen.number(), seen.attempt())).collect();
-    assert!(attempts[10..].iter().all(|(_, attempt)| *attempt == 2), "{attempts:?}");
+    let attempts: Vec<_> = seen
+        .iter()
+        .map(|seen| (seen.number(), seen.attempt()))
+        .collect();
+    assert!(
+        attempts[10..].iter().all(|(_, attempt)| *attempt == 2),
+        "{attempts:?}"
+    );
     metrics::assert_settled(&proxy, 10);
     let dead = store::dead(&setup);
     assert_eq!(dead.len(), 1);
