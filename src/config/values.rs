@@ -7,13 +7,13 @@ use log::LevelFilter;
 /// Longest duration: beyond any use, and short enough that no sum of times overflows.
 const DURATION_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
-/// A duration as Go's `time.ParseDuration` reads it (`30s`, `1m30s`, `1.5h`); a bare number is
-/// seconds.
+/// A duration as Go's `time.ParseDuration` reads it (`30s`, `1m30s`, `1.5h`), or in days of 24
+/// hours (`30d`); a bare number is seconds.
 ///
 /// # Errors
 /// What it must be.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    const ACCEPTED: &str = "a duration such as 500ms, 30s, 1m30s or 1h, of at most 10 years";
+    const ACCEPTED: &str = "a duration such as 500ms, 30s, 1m30s, 1h or 30d, of at most 10 years";
     let parsed = match text.parse::<u64>() {
         Ok(seconds) => Some(Duration::from_secs(seconds)),
         Err(_) => sum_of_parts(text),
@@ -39,6 +39,7 @@ fn sum_of_parts(mut text: &str) -> Option<Duration> {
             "s" => 1e9,
             "m" => 60e9,
             "h" => 3600e9,
+            "d" => 24.0 * 3600e9,
             _ => return None,
         };
         let seconds = number.parse::<f64>().ok()? * nanoseconds / 1e9;
@@ -59,7 +60,7 @@ pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
         .ok()
         .filter(|duration| *duration >= Duration::from_millis(1))
         .ok_or_else(|| {
-            "a duration such as 500ms, 30s, 1m30s or 1h, from 1ms to 10 years".to_owned()
+            "a duration such as 500ms, 30s, 1m30s, 1h or 30d, from 1ms to 10 years".to_owned()
         })
 }
 
@@ -181,7 +182,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_read_as_go_does() {
+    fn durations_are_read_as_go_does_and_in_days() {
         for (text, milliseconds) in [
             ("0", 0),
             ("30", 30_000),
@@ -191,6 +192,10 @@ mod tests {
             ("500ms", 500),
             (".5s", 500),
             ("1s500ms", 1500),
+            ("30d", 30 * 86_400_000),
+            ("1.5d", 36 * 3_600_000),
+            ("1d12h", 36 * 3_600_000),
+            ("3650d", 3650 * 86_400_000),
             ("2000us", 2),
             ("2000\u{b5}s", 2),
         ] {
@@ -210,6 +215,11 @@ mod tests {
             "1..5s",
             "1e3s",
             "100000h",
+            "3651d",
+            "d",
+            "1D",
+            "-1d",
+            "1day",
             "99999999999999999999",
             "\u{663}s",
             "s1",
