@@ -367,6 +367,7 @@ fn start_store_threads(
         store: Arc::clone(store),
         health: Arc::clone(health),
         metrics: Arc::clone(metrics),
+        dead_retention: config.queue.dead_retention,
         stop: stop.clone(),
     };
     spawn(threads, "sampler", move || sampler.run())?;

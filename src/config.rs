@@ -82,6 +82,7 @@ settings! {
     "queue.max_age" = "0s", "a duration", "age at which a request that fails is moved to the dead letters; `0`: none";
     "queue.give_up_statuses" = "", "a list of statuses", "answers after which there is no further attempt, such as `[410]`";
     "queue.max_rows" = "0", "a whole number", "stored requests past which new ones that would have to be stored are refused with 503; `0`: no limit";
+    "queue.dead_retention" = "30d", "a duration", "time a dead letter is kept, then it is deleted for good; `0`: for ever";
     "db.connection_string" = "sqlite:asyncproxy.sqlite", "a connection string", "the queue: `sqlite:PATH`, a Postgres URL, or libpq keywords";
     "db.max_connections" = "2", "a whole number", "connections to Postgres";
     "db.use_index" = "true", "true or false", "`false`: rows are claimed as they lie, not the oldest first";
@@ -160,6 +161,8 @@ pub struct Queue {
     /// 0: no limit.
     pub max_rows: u64,
     pub retry: RetryPolicy,
+    /// Dead letters are kept for ever without one.
+    pub dead_retention: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -359,6 +362,7 @@ fn server(raw: &Raw) -> Result<Server, ConfigError> {
 
 fn queue(raw: &Raw) -> Result<Queue, ConfigError> {
     let max_age = raw.get("queue.max_age", values::duration)?;
+    let dead_retention = raw.get("queue.dead_retention", values::duration)?;
     Ok(Queue {
         workers: raw.get("queue.workers", |text| values::integer(text, 1, 10_000))?,
         handle_per_second: raw.get("queue.handle_per_second", |text| {
@@ -377,6 +381,7 @@ fn queue(raw: &Raw) -> Result<Queue, ConfigError> {
             max_age: (!max_age.is_zero()).then_some(max_age),
             give_up_statuses: raw.get("queue.give_up_statuses", values::failed_statuses)?,
         },
+        dead_retention: (!dead_retention.is_zero()).then_some(dead_retention),
     })
 }
 

@@ -1,8 +1,8 @@
 //! The registry: the one place for metric names, labels and buckets.
 //!
 //! The rest of the program reports events through the fields here. They add up:
-//! accepted (direct + stored) = delivered + waiting + leased + spooled + in flight + dead + lost,
-//! counted from an empty queue; late commits come on top of what was accepted.
+//! accepted (direct + stored) = delivered + waiting + leased + spooled + in flight + dead + purged +
+//! lost, counted from an empty queue; late commits come on top of what was accepted.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -44,6 +44,7 @@ pub struct Metrics {
     pub delivered: IntCounter,
     pub stale: IntCounter,
     pub unreadable: IntCounter,
+    pub dead_letters_purged: IntCounter,
     pub late_commits: IntCounter,
     pub lost_shutdown: IntCounter,
     pub in_flight: IntGauge,
@@ -241,6 +242,10 @@ impl Metrics {
             unreadable: make.counter(
                 "asyncproxy_unreadable_rows_total",
                 "Rows moved to the dead letters because they could not be read.",
+            )?,
+            dead_letters_purged: make.counter(
+                "asyncproxy_dead_letters_purged_total",
+                "Dead letters deleted because they were older than queue.dead_retention.",
             )?,
             lost_shutdown,
             in_flight: make.gauge(

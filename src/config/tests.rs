@@ -169,6 +169,18 @@ fn errors_name_the_setting_the_value_and_what_is_accepted() {
             &["queue.give_up_statuses", "410"],
         ),
         (
+            "queue: {dead_retention: 30days}",
+            &["queue.dead_retention", "30d", "\"30days\""],
+        ),
+        (
+            "queue: {dead_retention: 11000d}",
+            &["queue.dead_retention", "10 years", "\"11000d\""],
+        ),
+        (
+            "queue: {dead_retention: -1}",
+            &["queue.dead_retention", "\"-1\""],
+        ),
+        (
             "queue: {workers: [1, {}]}",
             &["queue.workers", "a whole number"],
         ),
@@ -200,6 +212,23 @@ fn errors_name_the_setting_the_value_and_what_is_accepted() {
             assert!(error.contains(part), "{yaml}: {error}");
         }
         assert!(!error.contains(|c: char| c.is_control()), "{error:?}");
+    }
+}
+
+#[test]
+fn dead_letters_are_kept_for_30_days_or_for_ever() {
+    let days = |days: u64| Some(Duration::from_secs(days * 24 * 60 * 60));
+    for (yaml, retention) in [
+        ("", days(30)),
+        ("queue: {dead_retention: 7d}", days(7)),
+        ("queue: {dead_retention: 0}", None),
+        ("queue: {dead_retention: 0d}", None),
+    ] {
+        assert_eq!(
+            load(yaml).unwrap().queue.dead_retention,
+            retention,
+            "{yaml}"
+        );
     }
 }
 

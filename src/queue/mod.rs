@@ -54,6 +54,15 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// [`StoreError`]; repeating the batch is safe.
     fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError>;
 
+    /// Deletes dead letters that died longer ago than `older_than`, oldest first: up to `limit`,
+    /// and no further one once their bodies have [`BATCH_BYTES_MAX`] together. The first is
+    /// deleted in any case, so none is left when it returns 0; but one that another instance is
+    /// deleting is left to it.
+    ///
+    /// # Errors
+    /// [`StoreError`]; the rows may be gone if the connection broke during the commit.
+    fn purge(&self, older_than: Duration, limit: usize) -> Result<u64, StoreError>;
+
     /// Counts the rows. Costs a scan: for a sampler, not for every scrape.
     ///
     /// # Errors

@@ -2,6 +2,8 @@
 //!
 //! Claims as many as the token bucket, the workers' room and the lease allow. An empty queue is
 //! looked at with a growing pause; a row stored by this process wakes the poller at once.
+//!
+//! Beside it the sampler, which counts rows and deletes dead letters that are old enough.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -32,7 +34,18 @@ pub fn lease(request_timeout: Duration) -> (Duration, Instant) {
     (request_timeout + LEASE_MARGIN, send_until)
 }
 
+/// Between two purges: as long as dead letters are kept, within these bounds.
+const PURGE_INTERVAL_MIN: Duration = Duration::from_secs(1);
+const PURGE_INTERVAL_MAX: Duration = Duration::from_secs(10 * 60);
+/// Between the batches of a purge, at least: others write meanwhile.
+const PURGE_PAUSE: Duration = Duration::from_millis(100);
+/// After one that failed.
+const PURGE_PAUSE_FAILED: Duration = Duration::from_secs(60);
+/// Between looks whether the store works again.
+const PURGE_PAUSE_DOWN: Duration = Duration::from_secs(1);
+
 static NOT_COUNTED: LogLimit = LogLimit::new();
+static NOT_PURGED: LogLimit = LogLimit::new();
 
 /// Tells the poller that there may be something to claim.
 #[derive(Debug, Clone)]
@@ -243,40 +256,126 @@ impl Poller {
     }
 }
 
-/// Counts the rows now and then, so that no scrape has to.
+/// Counts the rows now and then, so that no scrape has to, and deletes old dead letters.
 #[derive(Debug)]
 pub struct Sampler {
     pub store: Arc<dyn Store>,
     pub health: Arc<StoreHealth>,
     pub metrics: Arc<Metrics>,
+    /// Dead letters are kept for ever without one.
+    pub dead_retention: Option<Duration>,
     pub stop: Receiver<()>,
 }
 
 impl Sampler {
     /// Runs until `stop` is closed.
     pub fn run(self) {
-        let mut wait = Duration::ZERO;
-        while self.stop.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
-            let started = Instant::now();
-            // A store that does not work is for the poller to try.
-            if self.health.fault().is_none() {
-                match self.store.sample() {
-                    Ok(sample) => {
-                        let rows = sample.waiting + sample.leased;
-                        self.health.depth.counted(rows);
-                        self.metrics.sampled(&sample);
-                    }
-                    // A count that takes too long does not mean that nothing else works.
-                    Err(error) => {
-                        self.metrics.store_errors.inc();
-                        if let Some(suppressed) = NOT_COUNTED.allow() {
-                            log::warn!(error:%, suppressed; "rows cannot be counted, queue metrics are old");
-                        }
+        let mut sample_at = Instant::now();
+        let mut purge = self.dead_retention.map(Purge::new);
+        loop {
+            let purge_at = purge.as_ref().map(|purge| purge.at);
+            let next = purge_at.map_or(sample_at, |at| at.min(sample_at));
+            if self.stop.recv_deadline(next) != Err(RecvTimeoutError::Timeout) {
+                break;
+            }
+            let now = Instant::now();
+            // Before the count, which so shows what is left.
+            if let Some(purge) = purge.as_mut().filter(|purge| purge.at <= now) {
+                self.purge(purge);
+            }
+            if sample_at <= now {
+                sample_at = self.sample();
+            }
+        }
+        if let Some(mut purge) = purge {
+            purge.report();
+        }
+    }
+
+    /// Counts the rows, and tells when to do so again.
+    fn sample(&self) -> Instant {
+        let started = Instant::now();
+        // A store that does not work is for the poller to try.
+        if self.health.fault().is_none() {
+            match self.store.sample() {
+                Ok(sample) => {
+                    let rows = sample.waiting + sample.leased;
+                    self.health.depth.counted(rows);
+                    self.metrics.sampled(&sample);
+                }
+                // A count that takes too long does not mean that nothing else works.
+                Err(error) => {
+                    self.metrics.store_errors.inc();
+                    if let Some(suppressed) = NOT_COUNTED.allow() {
+                        log::warn!(error:%, suppressed; "rows cannot be counted, queue metrics are old");
                     }
                 }
             }
-            // A count of a long queue takes its time: at most a twentieth of all time.
-            wait = (20 * started.elapsed()).max(Duration::from_secs(1));
+        }
+        // A count of a long queue takes its time: at most a twentieth of all time.
+        Instant::now() + (20 * started.elapsed()).max(Duration::from_secs(1))
+    }
+
+    /// Deletes one batch. Counts go on between batches, and a stop need not wait for the last.
+    fn purge(&self, purge: &mut Purge) {
+        let started = Instant::now();
+        let wait = if self.health.fault().is_some() {
+            PURGE_PAUSE_DOWN
+        } else {
+            match self.store.purge(purge.older_than, BATCH_ROWS_MAX) {
+                Ok(0) => {
+                    purge.report();
+                    purge.interval()
+                }
+                Ok(count) => {
+                    self.metrics.dead_letters_purged.inc_by(count);
+                    purge.count += count;
+                    // Leaves most of a slow store's time to those who wait for it.
+                    (4 * started.elapsed()).max(PURGE_PAUSE)
+                }
+                // As with a count, nothing else need be wrong.
+                Err(error) => {
+                    self.metrics.store_errors.inc();
+                    if let Some(suppressed) = NOT_PURGED.allow() {
+                        log::warn!(error:%, suppressed; "old dead letters cannot be purged");
+                    }
+                    PURGE_PAUSE_FAILED.min(purge.interval())
+                }
+            }
+        };
+        purge.at = Instant::now() + wait;
+    }
+}
+
+/// A purge of the dead letters: one under way, or the next.
+#[derive(Debug)]
+struct Purge {
+    older_than: Duration,
+    /// When the next batch is due.
+    at: Instant,
+    /// Deleted and not yet reported.
+    count: u64,
+}
+
+impl Purge {
+    fn new(older_than: Duration) -> Purge {
+        Purge {
+            older_than,
+            at: Instant::now(),
+            count: 0,
+        }
+    }
+
+    /// From the end of a purge to the next one.
+    fn interval(&self) -> Duration {
+        self.older_than
+            .clamp(PURGE_INTERVAL_MIN, PURGE_INTERVAL_MAX)
+    }
+
+    fn report(&mut self) {
+        let count = std::mem::take(&mut self.count);
+        if count > 0 {
+            log::info!(count; "old dead letters purged");
         }
     }
 }

@@ -18,13 +18,14 @@ use ::postgres::{Client, Config, Row};
 use uuid::Uuid;
 
 use super::{
-    Claim, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement, Store, StoreError,
+    BATCH_BYTES_MAX, Claim, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement, Store,
+    StoreError,
 };
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
 use connections::{Connections, Fault};
 use start::Start;
-use statements::{APPEND, APPEND_DEAD, CLAIM, CLAIM_UNORDERED, SAMPLE, SETTLE};
+use statements::{APPEND, APPEND_DEAD, CLAIM, CLAIM_UNORDERED, PURGE, SAMPLE, SETTLE};
 
 /// The longest delay or lease: what is later may as well be then.
 const DELAY_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
@@ -100,6 +101,10 @@ impl Store for PostgresStore {
     fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
         let settlements = settlements.to_vec();
         self.run(self.timeout, move |client| settle(client, &settlements))
+    }
+
+    fn purge(&self, older_than: Duration, limit: usize) -> Result<u64, StoreError> {
+        self.run(self.timeout, move |client| purge(client, older_than, limit))
     }
 
     fn sample(&self) -> Result<Sample, StoreError> {
@@ -345,6 +350,20 @@ impl Outcomes {
             stale: 0,
         })
     }
+}
+
+fn purge(client: &mut Client, older_than: Duration, limit: usize) -> Result<u64, Fault> {
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let bytes_max = i64::try_from(BATCH_BYTES_MAX).unwrap_or(i64::MAX);
+    let purged = client.execute_typed(
+        PURGE,
+        &[
+            (&limit, Type::INT8),
+            (&to_seconds(older_than), Type::FLOAT8),
+            (&bytes_max, Type::INT8),
+        ],
+    )?;
+    Ok(purged)
 }
 
 fn sample(client: &mut Client) -> Result<Sample, Fault> {

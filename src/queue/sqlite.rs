@@ -14,7 +14,8 @@ use rusqlite::{
 use uuid::Uuid;
 
 use super::{
-    Claim, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement, Store, StoreError, migrate,
+    BATCH_BYTES_MAX, Claim, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement, Store,
+    StoreError, migrate,
 };
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
@@ -127,6 +128,15 @@ const OLDEST_DEAD: &str = "
 
 const REMOVE: &str = "DELETE FROM proxy_requests WHERE id = ?1";
 const REMOVE_DEAD: &str = "DELETE FROM proxy_dead_letters WHERE id = ?1";
+/// Served by `proxy_dead_letters_died_at`, which also has the order. Reads no body for its length.
+const SELECT_OLD: &str = "
+    SELECT seq, coalesce(length(body), 0)
+      FROM proxy_dead_letters
+     WHERE died_at < ?1
+     ORDER BY died_at
+     LIMIT ?2";
+
+const PURGE: &str = "DELETE FROM proxy_dead_letters WHERE seq = ?1";
 
 /// Served by `proxy_requests_due` alone, and the second count by the index on `died_at`.
 const SAMPLE: &str = "
@@ -400,6 +410,31 @@ impl Store for SqliteStore {
         })
     }
 
+    fn purge(&self, older_than: Duration, limit: usize) -> Result<u64, StoreError> {
+        self.write(|transaction| {
+            let died_before = sub_ms(now_ms(), older_than);
+            let mut select = transaction.prepare(SELECT_OLD)?;
+            let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+            // Collected before anything is deleted that the SELECT walks along.
+            let (mut old, mut bytes) = (Vec::new(), 0_u64);
+            let mut rows = select.query(params![died_before, limit])?;
+            while let Some(row) = rows.next()? {
+                old.push(row.get::<_, i64>(0)?);
+                // A length: never negative.
+                bytes += row.get::<_, i64>(1)?.unsigned_abs();
+                if bytes >= BATCH_BYTES_MAX as u64 {
+                    break;
+                }
+            }
+            drop(rows);
+            let mut purge = transaction.prepare(PURGE)?;
+            for seq in &old {
+                purge.execute([seq])?;
+            }
+            Ok(old.len() as u64)
+        })
+    }
+
     fn sample(&self) -> Result<Sample, StoreError> {
         let kept = self.reader().take();
         let reader = match kept {
@@ -594,6 +629,10 @@ fn add_ms(now: i64, duration: Duration) -> i64 {
     now.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
 }
 
+fn sub_ms(now: i64, duration: Duration) -> i64 {
+    now.saturating_sub(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -604,6 +643,7 @@ mod tests {
             assert_eq!(from_ms(ms).map(to_ms), Some(ms));
         }
         assert_eq!(add_ms(i64::MAX - 1, Duration::MAX), i64::MAX);
+        assert_eq!(sub_ms(-2, Duration::MAX), i64::MIN);
         let _ = from_ms(i64::MIN);
     }
 

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 use asyncproxy::queue::postgres::PostgresStore;
 use asyncproxy::queue::sqlite::SqliteStore;
 use asyncproxy::queue::{
-    BATCH_ROWS_MAX, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement, Store, StoreError,
+    BATCH_BYTES_MAX, BATCH_ROWS_MAX, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement,
+    Store, StoreError,
 };
 use asyncproxy::request::{Headers, Request};
 use asyncproxy::settle::{Failure, Verdict};
@@ -52,6 +53,14 @@ impl Dialect {
         match self {
             Dialect::Sqlite => self.bytes(id.as_bytes()),
             Dialect::Postgres => format!("'{id}'"),
+        }
+    }
+
+    /// The time `hours` before the one that `column` has.
+    fn hours_before(self, column: &str, hours: u32) -> String {
+        match self {
+            Dialect::Sqlite => format!("{column} - {hours} * 3600000"),
+            Dialect::Postgres => format!("{column} - {hours} * interval '1 hour'"),
         }
     }
 
@@ -141,6 +150,9 @@ contract!(
     later_waits_for_its_delay,
     buried_rows_are_dead_letters,
     dead_rows_are_appended_to_the_dead_letters,
+    old_dead_letters_are_purged_oldest_first,
+    a_purge_takes_no_more_bytes_than_a_batch_but_always_one_row,
+    concurrent_purges_count_each_row_once,
     a_release_is_due_at_once_and_not_counted,
     a_mixed_batch_counts_each_kind,
     one_lease_is_settled_once_in_a_batch,
@@ -517,6 +529,99 @@ fn assert_dead_letter(bench: &Bench, request: &Request, attempt: u32, error: &st
         dialect.bytes(request.headers.as_bytes()),
         dialect.bytes(&request.body),
     ));
+}
+
+/// Appends dead letters of these ages in hours, and returns their ids.
+fn append_dead(bench: &Bench, store: &dyn Store, body: &[u8], ages: &[u32]) -> Vec<Uuid> {
+    let dead = |_: &u32| NewRow {
+        fate: Fate::Dead(failure("dead")),
+        ..row(request(body))
+    };
+    let rows: Vec<NewRow> = ages.iter().map(dead).collect();
+    for batch in rows.chunks(BATCH_ROWS_MAX) {
+        store.append(batch).unwrap();
+    }
+    let ids: Vec<Uuid> = rows.iter().map(|row| row.request.id).collect();
+    let aged = |(id, hours): (&Uuid, &u32)| {
+        let died_at = bench.dialect.hours_before("died_at", *hours);
+        let id = bench.dialect.id(*id);
+        format!("UPDATE proxy_dead_letters SET died_at = {died_at} WHERE id = {id};")
+    };
+    let sql: String = ids.iter().zip(ages).map(aged).collect();
+    (bench.sql)(&sql);
+    ids
+}
+
+fn hours(hours: u64) -> Duration {
+    Duration::from_secs(hours * 60 * 60)
+}
+
+fn old_dead_letters_are_purged_oldest_first(bench: &Bench) {
+    let store = bench.open();
+    assert_eq!(store.purge(Duration::ZERO, 10), Ok(0));
+    let waiting = append_one(&*store);
+    let ids = append_dead(bench, &*store, b"dead", &[0, 3, 7, 5, 1]);
+    assert_eq!(store.purge(hours(2), 0), Ok(0));
+    assert_eq!(store.purge(hours(8), 10), Ok(0));
+    assert_eq!(store.purge(Duration::MAX, 10), Ok(0));
+    assert_eq!(counts(&*store), (1, 0, 5));
+    for (limit, purged, oldest_left, left) in [(1, 1, 3, 4), (1, 1, 1, 3), (10, 1, 4, 2)] {
+        assert_eq!(store.purge(hours(2), limit), Ok(purged));
+        assert_eq!(counts(&*store), (1, 0, left));
+        assert_oldest_dead_letter(bench, ids[oldest_left]);
+    }
+    assert_eq!(store.purge(hours(2), 10), Ok(0));
+    assert_eq!(store.purge(Duration::from_secs(60), 10), Ok(1));
+    assert_oldest_dead_letter(bench, ids[0]);
+    assert_eq!(claim(&*store, 10)[0].request.id, waiting);
+}
+
+/// Fails unless the dead letter that died first is this one.
+fn assert_oldest_dead_letter(bench: &Bench, id: Uuid) {
+    (bench.sql)(&format!(
+        "CREATE TABLE found (rows integer CHECK (rows = 1));
+         INSERT INTO found
+         SELECT count(*) FROM proxy_dead_letters
+          WHERE id = {}
+            AND died_at = (SELECT min(died_at) FROM proxy_dead_letters);
+         DROP TABLE found",
+        bench.dialect.id(id),
+    ));
+}
+
+fn a_purge_takes_no_more_bytes_than_a_batch_but_always_one_row(bench: &Bench) {
+    let store = bench.open();
+    append_dead(bench, &*store, &[b'x'; 2 * BATCH_BYTES_MAX / 3], &[2, 3, 4]);
+    append_dead(bench, &*store, &[b'x'; 2 * BATCH_BYTES_MAX], &[5, 6]);
+    // A row that was taken over need not have a body.
+    append_dead(bench, &*store, b"", &[7]);
+    (bench.sql)("UPDATE proxy_dead_letters SET body = NULL WHERE length(body) = 0");
+    for purged in [2, 1, 2, 1, 0] {
+        assert_eq!(store.purge(hours(1), 10), Ok(purged));
+    }
+    assert_eq!(counts(&*store), (0, 0, 0));
+}
+
+fn concurrent_purges_count_each_row_once(bench: &Bench) {
+    const ROWS: usize = 200;
+    let store = bench.open();
+    append_dead(bench, &*store, b"race", &[2; ROWS]);
+    append_dead(bench, &*store, b"young", &[0; 3]);
+    let purged: u64 = std::thread::scope(|scope| {
+        let purge_all = || {
+            let mut all = 0;
+            loop {
+                match store.purge(hours(1), 7).unwrap() {
+                    0 => return all,
+                    purged => all += purged,
+                }
+            }
+        };
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(purge_all)).collect();
+        threads.into_iter().map(|it| it.join().unwrap()).sum()
+    });
+    assert_eq!(purged, ROWS as u64);
+    assert_eq!(counts(&*store), (0, 0, 3));
 }
 
 fn a_release_is_due_at_once_and_not_counted(bench: &Bench) {

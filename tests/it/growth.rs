@@ -19,6 +19,10 @@ fn a_full_queue_refuses_what_it_would_have_to_hold(route: Route) {
         .set("queue.backoff_max", "1s");
     let proxy = setup.start();
     proxy.accept(0..ROWS_MAX);
+    // What comes in while rows are counted is not known before the next count.
+    wait_until("a count", || {
+        proxy.metrics().get("queue_total_size") == 10.0
+    });
     for number in ROWS_MAX..ROWS_MAX + 5 {
         let refused = proxy.send(&http::numbered(number));
         assert_eq!(refused.status, 503);

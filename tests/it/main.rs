@@ -36,6 +36,7 @@ mod log;
 mod metrics;
 mod outage;
 mod postgres_store;
+mod purge;
 mod retry;
 mod selftest;
 mod shutdown;

@@ -6,7 +6,7 @@ use crate::support::metrics;
 use crate::support::proxy::{PATIENCE, Setup};
 
 /// Everything that is there from the start, whether anything has happened or not.
-const NAMES: [&str; 26] = [
+const NAMES: [&str; 27] = [
     "queue_total_size",
     "asyncproxy_requests_total{admission=\"direct\"}",
     "asyncproxy_requests_total{admission=\"stored\"}",
@@ -20,6 +20,7 @@ const NAMES: [&str; 26] = [
     "asyncproxy_delivered_total",
     "asyncproxy_stale_settlements_total",
     "asyncproxy_unreadable_rows_total",
+    "asyncproxy_dead_letters_purged_total",
     "asyncproxy_lost_total{reason=\"shutdown\"}",
     "asyncproxy_in_flight",
     "asyncproxy_held_bytes",

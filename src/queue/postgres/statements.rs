@@ -107,6 +107,24 @@ pub(super) const SETTLE: &str = "
            (SELECT count(*) FROM gone),
            (SELECT count(*) FROM released)";
 
+/// Rows are found and ordered by the index on `died_at`, and deleted where they were found. One
+/// that another instance deletes meanwhile is skipped.
+pub(super) const PURGE: &str = "
+    WITH old AS MATERIALIZED (
+        SELECT ctid AS place, died_at, coalesce(octet_length(body), 0) AS bytes
+          FROM proxy_dead_letters
+         WHERE died_at < now() - $2 * interval '1 second'
+         ORDER BY died_at
+         LIMIT $1
+           FOR UPDATE SKIP LOCKED
+    ), fitting AS (
+        SELECT place, sum(bytes) OVER (ORDER BY died_at, place) - bytes AS bytes_before
+          FROM old
+    )
+    DELETE FROM proxy_dead_letters
+     USING fitting
+     WHERE ctid = place AND bytes_before < $3";
+
 /// Served by `proxy_requests_due` alone where the table has been vacuumed, and the dead
 /// letters by one of theirs.
 pub(super) const SAMPLE: &str = "

@@ -20,6 +20,7 @@ const WHEREABOUTS: [&str; 7] = [
     "asyncproxy_spool_rows",
     "asyncproxy_in_flight",
     "asyncproxy_queue_rows{state=\"dead\"}",
+    "asyncproxy_dead_letters_purged_total",
     "asyncproxy_lost_total{reason=\"shutdown\"}",
 ];
 
@@ -82,8 +83,8 @@ impl Metrics {
         WHEREABOUTS.iter().map(|name| self.get(name)).sum()
     }
 
-    /// Everything accepted is delivered, waiting, leased, in flight, dead or lost; holds for a
-    /// program whose queue was empty at its start.
+    /// Everything accepted is delivered, waiting, leased, in flight, dead, purged or lost; holds for
+    /// a program whose queue was empty at its start.
     pub fn assert_balance(&self) {
         let places = WHEREABOUTS.map(|name| format!("{name} {}", self.get(name)));
         let difference = (self.accepted() - self.accounted_for()).abs();

@@ -22,6 +22,31 @@ const COUNT_LEASED: &str =
 const DEAD: &str = "SELECT attempt, last_status, last_error, method, target, body \
                     FROM proxy_dead_letters ORDER BY received_at, body";
 
+// As many as `$1`, the oldest, die 31 days earlier.
+const AGE_SQLITE: &str = "UPDATE proxy_dead_letters SET died_at = died_at - 31 * 86400000 \
+                          WHERE id IN (SELECT id FROM proxy_dead_letters \
+                                       ORDER BY received_at, id LIMIT $1)";
+const AGE_POSTGRES: &str = "UPDATE proxy_dead_letters SET died_at = died_at - interval '31 days' \
+                            WHERE id IN (SELECT id FROM proxy_dead_letters \
+                                         ORDER BY received_at, id LIMIT $1)";
+
+/// Makes `count` dead letters a month older.
+pub fn age_dead(setup: &Setup, count: i64) {
+    let aged = match Store::of(setup) {
+        Store::Sqlite(store) => store.execute(AGE_SQLITE, [count]).expect(AGE_SQLITE) as u64,
+        Store::Postgres(mut store) => store.execute(AGE_POSTGRES, &[&count]).expect(AGE_POSTGRES),
+    };
+    assert_eq!(aged, count.unsigned_abs());
+}
+
+/// Runs SQL that returns nothing.
+pub fn execute(setup: &Setup, sql: &str) {
+    match Store::of(setup) {
+        Store::Sqlite(store) => store.execute_batch(sql).expect(sql),
+        Store::Postgres(mut store) => store.batch_execute(sql).expect(sql),
+    }
+}
+
 /// Rows that wait or are leased.
 pub fn rows(setup: &Setup) -> i64 {
     count(setup, COUNT)
