@@ -213,11 +213,7 @@ impl Metrics {
             "Acknowledged requests that are gone, by reason.",
             ("reason", ["shutdown"]),
         )?;
-        let [busy_intake, busy_proxy, busy_queue] = make.gauges_by(
-            "asyncproxy_threads_busy",
-            "Threads at work, by pool.",
-            ("pool", ["intake", "proxy", "queue"]),
-        )?;
+        let [busy_intake, busy_proxy, busy_queue] = make.busy()?;
         let [batch_append, batch_claim, batch_settle] = make.batches()?;
         Ok(Metrics {
             paths: make.path_labels(paths_max)?,
@@ -392,6 +388,14 @@ impl Make {
             answer_seconds,
             delivery,
         })
+    }
+
+    fn busy(&self) -> Result<[IntGauge; 3], prometheus::Error> {
+        self.gauges_by(
+            "asyncproxy_threads_busy",
+            "Threads at work, by pool.",
+            ("pool", ["intake", "proxy", "queue"]),
+        )
     }
 
     fn breaker(&self) -> Result<Breaker, prometheus::Error> {

@@ -13,7 +13,7 @@ use super::proxy::{PATIENCE, Proxy};
 pub struct Metrics(BTreeMap<String, f64>);
 
 /// Where an accepted request can be. They must add up to what was accepted.
-const WHEREABOUTS: [&str; 7] = [
+const WHEREABOUTS: [&str; 8] = [
     "asyncproxy_delivered_total",
     "asyncproxy_queue_rows{state=\"waiting\"}",
     "asyncproxy_queue_rows{state=\"leased\"}",
