@@ -1,10 +1,14 @@
 //! What every store must do: the documentation of `Store`, clause by clause.
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::collections::HashSet;
+use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use ::postgres::{Client, SimpleQueryMessage};
 use asyncproxy::queue::postgres::PostgresStore;
 use asyncproxy::queue::sqlite::SqliteStore;
 use asyncproxy::queue::{
@@ -13,6 +17,7 @@ use asyncproxy::queue::{
 };
 use asyncproxy::request::{Headers, Request};
 use asyncproxy::settle::{Failure, Verdict};
+use rusqlite::types::ValueRef;
 use uuid::Uuid;
 
 use crate::support::pgbouncer::Pgbouncer;
@@ -24,32 +29,37 @@ const SHORT_LEASE: Duration = Duration::from_millis(50);
 pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const TIMEOUT: Duration = Duration::from_secs(30);
 
+/// What a query returns, as text; `None`: NULL.
+pub type Rows = Vec<Vec<Option<String>>>;
+
 /// A database of some kind, empty at first.
-struct Bench {
+pub struct Bench {
     open: Box<dyn Fn() -> Arc<dyn Store>>,
     /// Runs SQL behind the store's back.
-    sql: Box<dyn Fn(&str)>,
-    dialect: Dialect,
-    is_ordered: bool,
+    pub sql: Box<dyn Fn(&str)>,
+    /// Runs a query there.
+    pub query: Box<dyn Fn(&str) -> Rows>,
+    pub dialect: Dialect,
+    pub is_ordered: bool,
     _kept: Box<dyn Any>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Dialect {
+pub enum Dialect {
     Sqlite,
     Postgres,
 }
 
 impl Dialect {
     fn bytes(self, bytes: &[u8]) -> String {
-        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex = hex(bytes);
         match self {
             Dialect::Sqlite => format!("x'{hex}'"),
             Dialect::Postgres => format!("'\\x{hex}'"),
         }
     }
 
-    fn id(self, id: Uuid) -> String {
+    pub fn id(self, id: Uuid) -> String {
         match self {
             Dialect::Sqlite => self.bytes(id.as_bytes()),
             Dialect::Postgres => format!("'{id}'"),
@@ -64,55 +74,103 @@ impl Dialect {
         }
     }
 
-    fn now(self) -> &'static str {
+    /// Now or before.
+    pub fn now(self) -> &'static str {
         match self {
             Dialect::Sqlite => "0",
             Dialect::Postgres => "now()",
         }
     }
+
+    /// Microseconds since 1970.
+    pub fn micros(self, time: &str) -> String {
+        match self {
+            Dialect::Sqlite => format!("{time} * 1000"),
+            Dialect::Postgres => format!("(extract(epoch FROM {time}) * 1000000)::bigint"),
+        }
+    }
 }
 
 impl Bench {
-    fn sqlite(is_ordered: bool) -> Bench {
+    pub fn sqlite(is_ordered: bool) -> Bench {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("queue.sqlite");
-        let sql_path = path.clone();
+        let (sql_path, query_path) = (path.clone(), path.clone());
         Bench {
             open: Box::new(move || Arc::new(SqliteStore::new(path.clone(), is_ordered, TIMEOUT))),
-            sql: Box::new(move |sql| {
-                let connection = rusqlite::Connection::open(&sql_path).unwrap();
-                connection.busy_timeout(TIMEOUT).unwrap();
-                connection.execute_batch(sql).unwrap();
-            }),
+            sql: Box::new(move |sql| connect(&sql_path).execute_batch(sql).unwrap()),
+            query: Box::new(move |sql| texts_of_sqlite(&connect(&query_path), sql)),
             dialect: Dialect::Sqlite,
             is_ordered,
             _kept: Box::new(directory),
         }
     }
 
-    fn postgres(is_ordered: bool, is_pooled: bool) -> Bench {
-        let database = Arc::new(cluster().database());
+    pub fn postgres(is_ordered: bool, is_pooled: bool) -> Bench {
+        let database = cluster().database();
         let bouncer = is_pooled.then(|| Pgbouncer::start(&database));
         let url = match &bouncer {
             Some(bouncer) => bouncer.url(),
             None => database.keywords(),
         };
-        let sql_database = Arc::clone(&database);
+        let sql_client = Rc::new(RefCell::new(database.client()));
+        let query_client = Rc::clone(&sql_client);
         Bench {
             open: Box::new(move || {
                 let config = url.parse().unwrap();
                 Arc::new(PostgresStore::new(config, 5, is_ordered, TIMEOUT))
             }),
-            sql: Box::new(move |sql| sql_database.client().batch_execute(sql).unwrap()),
+            sql: Box::new(move |sql| sql_client.borrow_mut().batch_execute(sql).unwrap()),
+            query: Box::new(move |sql| texts_of_postgres(&mut query_client.borrow_mut(), sql)),
             dialect: Dialect::Postgres,
             is_ordered,
             _kept: Box::new((bouncer, database)),
         }
     }
 
-    fn open(&self) -> Arc<dyn Store> {
+    pub fn open(&self) -> Arc<dyn Store> {
         (self.open)()
     }
+}
+
+fn connect(path: &Path) -> rusqlite::Connection {
+    let connection = rusqlite::Connection::open(path).unwrap();
+    connection.busy_timeout(TIMEOUT).unwrap();
+    connection
+}
+
+fn texts_of_sqlite(connection: &rusqlite::Connection, sql: &str) -> Rows {
+    let mut statement = connection.prepare(sql).unwrap();
+    let columns = statement.column_count();
+    let text = |value: ValueRef<'_>| match value {
+        ValueRef::Null => None,
+        ValueRef::Integer(number) => Some(number.to_string()),
+        ValueRef::Real(number) => Some(number.to_string()),
+        ValueRef::Text(text) => Some(String::from_utf8(text.to_vec()).unwrap()),
+        ValueRef::Blob(bytes) => Some(hex(bytes)),
+    };
+    let rows = statement.query_map([], |row| {
+        let values = (0..columns).map(|column| row.get_ref(column).map(text));
+        values.collect()
+    });
+    rows.unwrap().map(Result::unwrap).collect()
+}
+
+fn texts_of_postgres(client: &mut Client, sql: &str) -> Rows {
+    let messages = client.simple_query(sql).unwrap();
+    let rows = messages.iter().filter_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    rows.map(|row| {
+        let values = (0..row.len()).map(|column| row.get(column).map(str::to_owned));
+        values.collect()
+    })
+    .collect()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Makes a test of each function for each kind of store.

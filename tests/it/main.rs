@@ -34,6 +34,7 @@ mod kills;
 mod listening;
 mod log;
 mod metrics;
+mod model;
 mod outage;
 mod postgres_store;
 mod purge;
