@@ -4,6 +4,7 @@
 //! After any error the connection is closed, and the next call opens the file anew: whatever
 //! was wrong with it (permissions, a full or lost disk) need not be known here to recover.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -152,6 +153,25 @@ const CREATE_MIGRATIONS: &str = "
         applied_at INTEGER NOT NULL
     ) STRICT";
 
+/// Walks through `proxy_requests_due`, once at the start.
+const TAKE_OVER: &str = "
+    UPDATE proxy_requests INDEXED BY proxy_requests_due
+       SET leased = 0, next_attempt_at = min(next_attempt_at, ?1)
+     WHERE leased = 1";
+
+/// Whose a file is.
+#[derive(Debug, Default)]
+enum Ownership {
+    /// It has not been opened yet.
+    #[default]
+    Unknown,
+    /// For as long as the lock is held, which no crash outlives.
+    Ours {
+        _lock: File,
+    },
+    Others,
+}
+
 /// A queue in a SQLite file.
 #[derive(Debug)]
 pub struct SqliteStore {
@@ -159,6 +179,7 @@ pub struct SqliteStore {
     use_index: bool,
     timeout: Duration,
     pages_max: Option<u32>,
+    ownership: Mutex<Ownership>,
     writer: Mutex<Option<Connection>>,
     /// Counts without holding up the writer.
     reader: Mutex<Option<Connection>>,
@@ -172,6 +193,7 @@ impl SqliteStore {
             use_index,
             timeout,
             pages_max: None,
+            ownership: Mutex::default(),
             writer: Mutex::default(),
             reader: Mutex::default(),
         }
@@ -229,7 +251,40 @@ impl SqliteStore {
             return Err(StoreError::Unavailable(why));
         }
         self.migrate(&mut connection)?;
+        self.take_over(&connection)?;
         Ok(connection)
+    }
+
+    /// Gives back, once, what a program that is no more had leased: nobody else serves this file.
+    fn take_over(&self, connection: &Connection) -> Result<(), StoreError> {
+        let mut ownership = self
+            .ownership
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if !matches!(*ownership, Ownership::Unknown) {
+            // Leases of this process.
+            return Ok(());
+        }
+        let mut path = self.path.clone().into_os_string();
+        path.push("-lock");
+        let path = PathBuf::from(path);
+        let file = create_private(&path).and_then(|()| File::options().write(true).open(&path));
+        let locked = file.map(|file| file.try_lock().is_ok().then_some(file));
+        let Some(file) = locked
+            .map_err(|error| StoreError::Unavailable(format!("{}: {error}", path.display())))?
+        else {
+            log::warn!(path:% = path.display(); "another process uses this queue: its leases are left alone");
+            *ownership = Ownership::Others;
+            return Ok(());
+        };
+        let count = connection
+            .execute(TAKE_OVER, [now_ms()])
+            .map_err(|error| self.describe(&error))?;
+        *ownership = Ownership::Ours { _lock: file };
+        if count > 0 {
+            log::info!(count; "took over what was leased when the last run ended");
+        }
+        Ok(())
     }
 
     fn open(&self, cache_kib: i32) -> rusqlite::Result<Connection> {

@@ -917,6 +917,12 @@ fn rows_survive_reopening(bench: &Bench) {
     let waiting = append_one(&*store);
     drop(store);
     let store = bench.open();
+    if bench.dialect == Dialect::Sqlite {
+        // Nobody else can be at it any more.
+        assert_eq!(counts(&*store), (2, 0, 0));
+        assert_eq!(store.settle(&[delivered(&row)]), Ok(STALE));
+        return;
+    }
     assert_eq!(counts(&*store), (1, 1, 0));
     assert_eq!(claim(&*store, 10)[0].request.id, waiting);
     assert_eq!(row.request.id, leased);

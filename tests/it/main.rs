@@ -42,3 +42,4 @@ mod retry;
 mod selftest;
 mod shutdown;
 mod spool;
+mod sqlite_store;

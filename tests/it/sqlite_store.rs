@@ -1,0 +1,83 @@
+//! What only the SQLite store does: it takes over what a program that is no more had leased.
+
+use std::path::Path;
+use std::time::Duration;
+
+use asyncproxy::queue::Store;
+use asyncproxy::queue::sqlite::SqliteStore;
+
+use crate::contract::{TIMEOUT, append_one, claim, counts};
+use crate::support::destination::{Answer, Destination};
+use crate::support::proxy::PATIENCE;
+use crate::support::route::{Route, on_routes};
+
+fn open(path: &Path) -> SqliteStore {
+    SqliteStore::new(path.to_owned(), true, TIMEOUT)
+}
+
+#[test]
+fn a_new_program_takes_over_what_the_last_one_had_leased() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("queue.sqlite");
+    let first = open(&path);
+    let id = append_one(&first);
+    append_one(&first);
+    assert_eq!(claim(&first, 2).len(), 2);
+    drop(first);
+    let second = open(&path);
+    let claimed = claim(&second, 10);
+    assert_eq!(claimed.len(), 2);
+    assert!(claimed.iter().any(|row| row.request.id == id));
+    // The attempt of the last one counts: it may have been made.
+    assert!(claimed.iter().all(|row| row.attempt == 2));
+}
+
+#[test]
+fn leases_of_a_program_that_lives_are_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("queue.sqlite");
+    let first = open(&path);
+    append_one(&first);
+    assert_eq!(claim(&first, 1).len(), 1);
+    let second = open(&path);
+    assert!(claim(&second, 10).is_empty());
+    assert_eq!(counts(&second), (0, 1, 0));
+    append_one(&second);
+    assert_eq!(claim(&first, 10).len(), 1, "both may use it");
+}
+
+/// After an error the file is opened anew, by the program whose leases they are.
+#[test]
+fn opening_anew_ends_no_lease() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("queue.sqlite");
+    let store = SqliteStore::new(path.clone(), true, Duration::from_millis(10));
+    append_one(&store);
+    assert_eq!(claim(&store, 1).len(), 1);
+    let other = rusqlite::Connection::open(&path).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    store.settle(&[]).unwrap_err();
+    other.execute_batch("ROLLBACK").unwrap();
+    assert!(claim(&store, 10).is_empty());
+    assert_eq!(counts(&store), (0, 1, 0));
+}
+
+fn a_restart_after_a_crash_waits_for_no_lease(route: Route) {
+    let mut destination = Destination::answering(|_| Answer::hang());
+    // Longer than any test: no lease ends while it runs.
+    let setup = route.to(&destination).set("proxy.request_timeout", "10m");
+    let mut proxy = setup.start();
+    proxy.accept(0..8);
+    destination.wait_for(8, PATIENCE);
+    proxy.kill9();
+    proxy.wait();
+    destination.refuse();
+    destination.answer(|_| Answer::ok());
+    destination.open();
+    let proxy = setup.start();
+    let seen = destination.wait_for(16, PATIENCE);
+    assert!(seen[8..].iter().all(|seen| seen.attempt() == 2));
+    proxy.wait_for_log("took over what was leased when the last run ended");
+    proxy.stop();
+}
+on_routes!(a_restart_after_a_crash_waits_for_no_lease: claimed Sqlite, first SqliteFirst);
