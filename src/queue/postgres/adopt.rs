@@ -263,6 +263,7 @@ fn append(transaction: &mut Transaction<'_>, rows: &[(GoRow, Request)]) -> Resul
         new.targets.push(&request.target);
         new.headers.push(request.headers.as_bytes());
         new.bodies.push(&request.body);
+        new.leased.push(false);
     }
     Ok(transaction.execute_typed(APPEND, &new.parameters())?)
 }
@@ -288,6 +289,7 @@ fn append_dead(transaction: &mut Transaction<'_>, rows: &[(GoRow, String)]) -> R
         new.targets.push(target);
         new.headers.push(&row.header);
         new.bodies.push(&row.body);
+        new.leased.push(false);
     }
     if new.ids.is_empty() {
         return Ok(0);
