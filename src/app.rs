@@ -15,7 +15,9 @@ use socket2::Socket;
 use crate::admission::{Admission, Committing};
 use crate::breaker::Destination;
 use crate::budget::Budget;
-use crate::config::{Acceptor as AcceptorKind, Ack, Bind, Config, Database, shown_address};
+use crate::config::{
+    Acceptor as AcceptorKind, Ack, Bind, Config, Database, RateScope, shown_address,
+};
 use crate::control::{self, Control};
 use crate::descriptors;
 use crate::drain::Drain;
@@ -118,15 +120,20 @@ fn listen(setting: &'static str, bind: &Bind) -> Result<Socket, RunError> {
 fn store(config: &Config) -> Arc<dyn Store> {
     let db = &config.db;
     match &db.database {
+        // One process, whose poller keeps to the rate: that is its whole cluster.
         Database::Sqlite(path) => {
             Arc::new(SqliteStore::new(path.clone(), db.use_index, db.timeout))
         }
         Database::Postgres(postgres) => {
-            let config = (**postgres).clone();
-            let store = PostgresStore::new(config, db.max_connections, db.use_index, db.timeout);
-            Arc::new(match db.spool {
+            let postgres = (**postgres).clone();
+            let store = PostgresStore::new(postgres, db.max_connections, db.use_index, db.timeout);
+            let store = match db.spool {
                 Some(_) => store.with_append_timeout(spool::APPEND_TIMEOUT),
                 None => store,
+            };
+            Arc::new(match config.queue.rate_scope {
+                RateScope::Instance => store,
+                RateScope::Cluster => store.sharing_rate(config.queue.handle_per_second),
             })
         }
     }

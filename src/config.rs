@@ -76,6 +76,8 @@ settings! {
     "proxy.breaker_failures" = "10", "a whole number", "failed attempts in a row after which only probes are sent until one succeeds; `0`: never";
     "queue.workers" = "120", "a whole number", "threads that deliver stored requests";
     "queue.handle_per_second" = "30", "a whole number", "stored requests sent a second, at most";
+    "queue.rate_scope" = "instance", "instance or cluster",
+        "what `queue.handle_per_second` bounds: each `instance`, or with `cluster` all instances on one Postgres together";
     "queue.max_retries" = "1000", "a whole number", "attempts after the first, then a request is moved to the dead letters";
     "queue.backoff_min" = "1s", "a duration", "pause after the first failed attempt; doubles with each";
     "queue.backoff_max" = "10m", "a duration", "longest pause between attempts";
@@ -160,9 +162,19 @@ pub struct Queue {
     pub handle_per_second: u32,
     /// 0: no limit.
     pub max_rows: u64,
+    pub rate_scope: RateScope,
     pub retry: RetryPolicy,
     /// Dead letters are kept for ever without one.
     pub dead_retention: Option<Duration>,
+}
+
+/// What `queue.handle_per_second` bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RateScope {
+    /// Each process for itself.
+    Instance,
+    /// All processes on one store together.
+    Cluster,
 }
 
 #[derive(Debug)]
@@ -370,6 +382,11 @@ fn queue(raw: &Raw) -> Result<Queue, ConfigError> {
         })?,
         max_rows: raw.get("queue.max_rows", |text| {
             values::integer(text, 0, 1_000_000_000_000)
+        })?,
+        rate_scope: raw.get("queue.rate_scope", |text| match text {
+            "instance" => Ok(RateScope::Instance),
+            "cluster" => Ok(RateScope::Cluster),
+            _ => Err("instance or cluster".to_owned()),
         })?,
         retry: RetryPolicy {
             // One less than what counts as an attempt.

@@ -45,3 +45,21 @@ CREATE TABLE proxy_dead_letters (
 );
 
 CREATE INDEX proxy_dead_letters_died_at ON proxy_dead_letters (died_at);
+
+-- What is left of `queue.handle_per_second` where all instances share it: one row, which a claim
+-- locks, refills by the time that has passed, and takes its tokens from.
+CREATE TABLE proxy_rate (
+    is_only     boolean          PRIMARY KEY DEFAULT true CHECK (is_only),
+    tokens      double precision NOT NULL CHECK (tokens >= 0 AND tokens < 'infinity'),
+    refilled_at timestamptz      NOT NULL CHECK (isfinite(refilled_at))
+) WITH (
+    -- Updated some ten times a second, the index never. A page counts as full when a tenth of it
+    -- is: so old versions are dropped in passing, after a dozen updates, and the table keeps to
+    -- that page. Vacuum is left with what a long transaction has held up.
+    fillfactor = 10,
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 1000
+);
+
+-- Full as soon as someone asks, whatever the rate.
+INSERT INTO proxy_rate (tokens, refilled_at) VALUES (0, 'epoch');

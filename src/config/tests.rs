@@ -161,6 +161,10 @@ fn errors_name_the_setting_the_value_and_what_is_accepted() {
             &["proxy.request_timeout", "from 1ms"],
         ),
         (
+            "queue: {rate_scope: global}",
+            &["queue.rate_scope", "instance or cluster", "\"global\""],
+        ),
+        (
             "queue: {backoff_min: 1h}",
             &["queue.backoff_max", "queue.backoff_min", "1h"],
         ),

@@ -100,6 +100,8 @@ pub struct Claim {
     pub rows: Vec<Claimed>,
     /// Rows moved to the dead letters because they could not be read.
     pub unreadable: u64,
+    /// More rows are due, but a rate that instances share kept them back: asking sooner is in vain.
+    pub held_back: Option<Duration>,
 }
 
 /// A leased row. `attempt` counts the one to be made now: at least 1.

@@ -132,18 +132,31 @@ impl Poller {
     pub fn run(self) {
         let mut bucket = TokenBucket::new(self.per_second, Instant::now());
         let mut pause = PAUSE_MIN;
+        let mut not_before = Instant::now();
         loop {
             let pace = self.destination.pace();
-            let limit = self.limit(pace, &mut bucket);
+            let limit = if Instant::now() < not_before {
+                // A row stored meanwhile does not change that others have taken the tokens.
+                0
+            } else {
+                self.limit(pace, &mut bucket)
+            };
             // While the store does not work, nobody but this tells when it works again.
-            let claimed = if limit > 0 || self.health.fault().is_some() {
+            let (claimed, held_back) = if limit > 0 || self.health.fault().is_some() {
                 self.claim(limit)
             } else {
-                0
+                (0, None)
             };
             // At most one second's worth, which fits into u32.
             bucket.take(u32::try_from(claimed).unwrap_or(u32::MAX));
-            let wait = if limit == 0 {
+            if let Some(held_back) = held_back {
+                pause = PAUSE_MIN;
+                not_before = Instant::now() + held_back;
+            }
+            let held_back = not_before.saturating_duration_since(Instant::now());
+            let wait = if !held_back.is_zero() {
+                held_back
+            } else if limit == 0 {
                 // For room a worker wakes us; for a token nobody does.
                 self.wait(pace, &mut bucket)
             } else if claimed == limit {
@@ -228,12 +241,13 @@ impl Poller {
         (self.budget.limit_bytes() / 2).saturating_sub(self.budget.held_bytes())
     }
 
-    fn claim(&self, limit: usize) -> usize {
+    /// How many rows were claimed, and how long none will be, whoever asks.
+    fn claim(&self, limit: usize) -> (usize, Option<Duration>) {
         // The lease begins no sooner than this.
         let (lease, send_until) = lease(self.request_timeout);
         let result = self.store.claim(limit, self.bytes_max(), lease);
         let Ok(claim) = self.health.note("claim", result, &self.metrics) else {
-            return 0;
+            return (0, None);
         };
         self.health.depth.leave(claim.unreadable);
         self.metrics.unreadable.inc_by(claim.unreadable);
@@ -252,7 +266,7 @@ impl Poller {
                 self.room.leave();
             }
         }
-        count
+        (count, claim.held_back)
     }
 }
 

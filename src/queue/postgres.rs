@@ -1,7 +1,7 @@
 //! The Postgres store: one table that several instances share.
 //!
 //! Works behind PgBouncer in transaction mode: no named statement, no session state, no session
-//! lock. Every operation is one statement, and so one round trip and one transaction; all
+//! lock. Nearly every operation is one statement, and so one round trip and one transaction; all
 //! times are the server's.
 
 mod adopt;
@@ -9,6 +9,7 @@ mod connections;
 mod schema;
 mod start;
 mod statements;
+mod tokens;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -40,7 +41,11 @@ pub struct PostgresStore {
     start: Arc<Start>,
     timeout: Duration,
     append_timeout: Duration,
+    shared_rate: Option<u32>,
 }
+
+/// A value for a statement, with its type.
+type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
 impl PostgresStore {
     /// Connects to nothing yet. Each operation takes `timeout` at most.
@@ -56,6 +61,7 @@ impl PostgresStore {
             start: Arc::default(),
             timeout,
             append_timeout: timeout,
+            shared_rate: None,
         }
     }
 
@@ -64,6 +70,16 @@ impl PostgresStore {
     pub fn with_append_timeout(self, append_timeout: Duration) -> PostgresStore {
         PostgresStore {
             append_timeout: append_timeout.min(self.timeout),
+            ..self
+        }
+    }
+
+    /// Claims at most so many rows a second, and a second's worth at once, together with all
+    /// other stores on the database that do so.
+    #[must_use]
+    pub fn sharing_rate(self, per_second: u32) -> PostgresStore {
+        PostgresStore {
+            shared_rate: Some(per_second),
             ..self
         }
     }
@@ -85,9 +101,17 @@ impl Store for PostgresStore {
 
     fn claim(&self, limit: usize, bytes_max: usize, lease: Duration) -> Result<Claim, StoreError> {
         let start = self.use_index.then(|| Arc::clone(&self.start));
+        let shared_rate = self.shared_rate;
         self.connections.run(
             self.timeout,
-            move |client| claim(client, start.as_deref(), limit, bytes_max, lease),
+            move |client| {
+                claim(
+                    client,
+                    start.as_deref(),
+                    shared_rate,
+                    (limit, bytes_max, lease),
+                )
+            },
             |client, unwanted| {
                 let mut outcomes = Outcomes::default();
                 for row in &unwanted.rows {
@@ -167,7 +191,7 @@ impl<'a> NewRows<'a> {
         self.leased.push(matches!(row.fate, Fate::Leased(_)));
     }
 
-    fn parameters(&self) -> [(&(dyn ToSql + Sync), Type); 11] {
+    fn parameters(&self) -> [Parameter<'_>; 11] {
         [
             (&self.ids, Type::UUID_ARRAY),
             (&self.received_at, Type::TIMESTAMPTZ_ARRAY),
@@ -184,36 +208,40 @@ impl<'a> NewRows<'a> {
     }
 }
 
-/// Claims in order from `start`; without one, as rows come.
+/// Claims in order from `start`; without one, as rows come. With a `shared_rate`, by its tokens.
 fn claim(
     client: &mut Client,
     start: Option<&Start>,
-    limit: usize,
-    bytes_max: usize,
-    lease: Duration,
+    shared_rate: Option<u32>,
+    (limit, bytes_max, lease): (usize, usize, Duration),
 ) -> Result<Claim, Fault> {
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     // Nothing comes before the first, which is so taken in any case.
     let bytes_max = i64::try_from(bytes_max.max(1)).unwrap_or(i64::MAX);
+    let lease = to_seconds(lease);
     let begun = Instant::now();
     let from = start.and_then(|start| start.get(begun));
-    let rows = client.query_typed(
-        if start.is_some() {
-            CLAIM
-        } else {
-            CLAIM_UNORDERED
-        },
-        &[
-            (&limit, Type::INT8),
-            (&to_seconds(lease), Type::FLOAT8),
-            (&bytes_max, Type::INT8),
-            (&from, Type::TIMESTAMPTZ),
-        ],
-    )?;
+    let parameters: [Parameter<'_>; 4] = [
+        (&limit, Type::INT8),
+        (&lease, Type::FLOAT8),
+        (&bytes_max, Type::INT8),
+        (&from, Type::TIMESTAMPTZ),
+    ];
+    let (rows, held_back) = match (shared_rate, start) {
+        (Some(rate), _) => tokens::claim(client, start.is_some(), &parameters, limit, rate)?,
+        (None, Some(_)) => (client.query_typed(CLAIM, &parameters)?, None),
+        (None, None) => (client.query_typed(CLAIM_UNORDERED, &parameters)?, None),
+    };
     let last_due = rows.iter().filter_map(|row| row.try_get("due_at").ok());
     if let (Some(start), Some(last_due)) = (start, last_due.max()) {
         start.note(from, begun.elapsed(), last_due);
     }
+    let claim = sort_out(client, rows)?;
+    Ok(Claim { held_back, ..claim })
+}
+
+/// Reads claimed rows; buries those that cannot be read.
+fn sort_out(client: &mut Client, rows: Vec<Row>) -> Result<Claim, Fault> {
     let mut claimed = Vec::with_capacity(rows.len());
     let mut unreadable = Outcomes::default();
     for row in rows {
@@ -239,6 +267,7 @@ fn claim(
     Ok(Claim {
         rows: claimed.into_iter().map(|(_, row)| row).collect(),
         unreadable: buried,
+        held_back: None,
     })
 }
 

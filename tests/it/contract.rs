@@ -107,6 +107,19 @@ impl Bench {
     }
 
     pub fn postgres(is_ordered: bool, is_pooled: bool) -> Bench {
+        Bench::postgres_with(is_ordered, is_pooled, |store| store)
+    }
+
+    /// With a rate that stores share, and that is never reached.
+    fn postgres_by_tokens(is_ordered: bool, is_pooled: bool) -> Bench {
+        Bench::postgres_with(is_ordered, is_pooled, |store| store.sharing_rate(1_000_000))
+    }
+
+    fn postgres_with(
+        is_ordered: bool,
+        is_pooled: bool,
+        adapt: fn(PostgresStore) -> PostgresStore,
+    ) -> Bench {
         let database = cluster().database();
         let bouncer = is_pooled.then(|| Pgbouncer::start(&database));
         let url = match &bouncer {
@@ -118,7 +131,7 @@ impl Bench {
         Bench {
             open: Box::new(move || {
                 let config = url.parse().unwrap();
-                Arc::new(PostgresStore::new(config, 5, is_ordered, TIMEOUT))
+                Arc::new(adapt(PostgresStore::new(config, 5, is_ordered, TIMEOUT)))
             }),
             sql: Box::new(move |sql| sql_client.borrow_mut().batch_execute(sql).unwrap()),
             query: Box::new(move |sql| texts_of_postgres(&mut query_client.borrow_mut(), sql)),
@@ -181,6 +194,8 @@ macro_rules! contract {
         contract!(@on postgres, super::Bench::postgres(true, false), $($test),+);
         contract!(@on postgres_without_index, super::Bench::postgres(false, false), $($test),+);
         contract!(@on pgbouncer, super::Bench::postgres(true, true), $($test),+);
+        contract!(@on pgbouncer_by_tokens, super::Bench::postgres_by_tokens(true, true), $($test),+);
+        contract!(@on postgres_by_tokens_without_index, super::Bench::postgres_by_tokens(false, false), $($test),+);
     };
     (@on $kind:ident, $bench:expr, $($test:ident),+) => {
         mod $kind {

@@ -18,6 +18,7 @@ mod ack;
 mod adopt;
 mod breaker;
 mod cli;
+mod cluster_rate;
 mod contract;
 mod crowd;
 mod delivery;

@@ -62,6 +62,105 @@ pub(super) const CLAIM: &str = claim!("ORDER BY next_attempt_at");
 /// As it comes: the planner reads the table from its start.
 pub(super) const CLAIM_UNORDERED: &str = claim!("");
 
+/// As `claim!`, but claims no more rows than `proxy_rate` has tokens, and takes those: `$5` come
+/// in a second, and as many fit. Nothing is locked or written while nothing is due.
+///
+/// Returns one row: whether `proxy_rate` has its row, whether anything is due, the tokens before
+/// (null: another instance is claiming, or nothing is due), and what is claimed. Not the bodies:
+/// an instance that stops reading half-way would keep the tokens from all others.
+///
+/// The clock is read once the row is locked, so never before another's `refilled_at`, unless it
+/// was set back: then nothing comes for the time before, and the row follows the clock. Of the
+/// two limits the inner one is the planner's, which has to know it to choose the index.
+///
+/// What `paid` joins are no subqueries in SET: where another instance has changed the row since
+/// this statement began, only the former are kept while the row is looked at again.
+macro_rules! claim_by_tokens {
+    ($order:literal) => {
+        concat!(
+            "
+    WITH waiting AS MATERIALIZED (
+        SELECT EXISTS (
+            SELECT FROM proxy_requests
+             WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
+        ) AS is_due
+    ), held AS MATERIALIZED (
+        SELECT tokens, refilled_at
+          FROM proxy_rate
+         WHERE (SELECT is_due FROM waiting)
+           FOR UPDATE SKIP LOCKED
+    ), seen AS MATERIALIZED (
+        SELECT tokens, refilled_at, clock_timestamp() AS seen_at
+          FROM held
+    ), refilled AS MATERIALIZED (
+        SELECT least(
+                   tokens + $5 * greatest(
+                       extract(epoch FROM seen_at - refilled_at)::double precision, 0),
+                   $5) AS tokens,
+               seen_at,
+               seen_at < refilled_at AS is_set_back
+          FROM seen
+    ), due AS MATERIALIZED (
+        SELECT place, due_at, bytes
+          FROM (
+            SELECT ctid AS place, next_attempt_at AS due_at, octet_length(body) AS bytes
+              FROM proxy_requests
+             WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
+             ",
+            $order,
+            "
+             LIMIT $1
+               FOR UPDATE SKIP LOCKED
+          ) AS wanted
+         LIMIT coalesce((SELECT floor(tokens)::bigint FROM refilled), 0)
+    ), fitting AS (
+        SELECT place, due_at,
+               sum(bytes) OVER (ORDER BY due_at, place) - bytes AS bytes_before
+          FROM due
+    ), claimed AS (
+        UPDATE proxy_requests
+           SET attempt = least(attempt, 2147483646) + 1,
+               leased = true,
+               next_attempt_at = now() + $2 * interval '1 second'
+          FROM fitting
+         WHERE ctid = place AND bytes_before < $3
+     RETURNING id, attempt, due_at
+    ), paid AS (
+        UPDATE proxy_rate
+           SET tokens = refilled.tokens - taken.tokens,
+               refilled_at = refilled.seen_at
+          FROM refilled, (SELECT count(*) AS tokens FROM claimed) AS taken
+         WHERE taken.tokens > 0 OR refilled.is_set_back
+    )
+    SELECT EXISTS (SELECT FROM proxy_rate) AS has_rate,
+           (SELECT is_due FROM waiting) AS is_due,
+           (SELECT tokens FROM refilled) AS tokens,
+           coalesce(array_agg(id), '{}') AS ids,
+           coalesce(array_agg(attempt), '{}') AS attempts,
+           coalesce(array_agg(due_at), '{}') AS due_at
+      FROM claimed"
+        )
+    };
+}
+
+pub(super) const CLAIM_BY_TOKENS: &str = claim_by_tokens!("ORDER BY next_attempt_at");
+
+pub(super) const CLAIM_BY_TOKENS_UNORDERED: &str = claim_by_tokens!("");
+
+/// Rows claimed by their tokens, in the columns of `CLAIM`. The primary key finds them.
+pub(super) const CLAIMED: &str = "
+    SELECT row.id, row.attempt, mine.due_at, row.received_at,
+           row.method, row.target, row.headers, row.body
+      FROM unnest($1, $2, $3) AS mine (id, attempt, due_at)
+      JOIN proxy_requests AS row
+        ON row.id = mine.id AND row.attempt = mine.attempt AND row.leased";
+
+/// For one who has emptied the table: empty, so that this gives nobody more than the rate.
+pub(super) const RESTORE_RATE: &str = "
+    INSERT INTO proxy_rate (tokens, refilled_at)
+    VALUES (0, clock_timestamp())
+        ON CONFLICT DO NOTHING";
+
 /// Each part finds its rows by the primary key. [`Outcomes`](super::Outcomes) sees to it that no
 /// row is in two parts, as only one of them would change it, whichever.
 pub(super) const SETTLE: &str = "

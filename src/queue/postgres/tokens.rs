@@ -1,0 +1,105 @@
+//! Claims by tokens that all instances on the database share.
+//!
+//! The tokens are a row of `proxy_rate`, and one statement locks it, claims as many rows as there
+//! are tokens, and takes these: with that statement's end they are free for the next. The requests
+//! themselves are read afterwards.
+
+use std::time::{Duration, SystemTime};
+
+use ::postgres::types::Type;
+use ::postgres::{Client, Row};
+use uuid::Uuid;
+
+use super::Parameter;
+use super::connections::Fault;
+use super::statements::{CLAIM_BY_TOKENS, CLAIM_BY_TOKENS_UNORDERED, CLAIMED, RESTORE_RATE};
+
+/// While another instance has the tokens: about as long as a claim takes.
+const TURN: Duration = Duration::from_millis(10);
+
+/// Claims with the parameters of `CLAIM`, the first of which is `limit`. Returns the rows in
+/// its columns, and how long nothing will come, if that is for want of tokens.
+pub(super) fn claim(
+    client: &mut Client,
+    is_ordered: bool,
+    parameters: &[Parameter<'_>; 4],
+    limit: i64,
+    per_second: u32,
+) -> Result<(Vec<Row>, Option<Duration>), Fault> {
+    let statement = if is_ordered {
+        CLAIM_BY_TOKENS
+    } else {
+        CLAIM_BY_TOKENS_UNORDERED
+    };
+    let rate = f64::from(per_second);
+    let [limit_parameter, lease, bytes_max, from] = parameters.clone();
+    let all = [
+        limit_parameter,
+        lease,
+        bytes_max,
+        from,
+        (&rate, Type::FLOAT8),
+    ];
+    let row = client.query_typed_one(statement, &all)?;
+    if !row.try_get::<_, bool>("has_rate")? {
+        client.execute_typed(RESTORE_RATE, &[])?;
+    }
+    let ids: Vec<Uuid> = row.try_get("ids")?;
+    let attempts: Vec<i32> = row.try_get("attempts")?;
+    let due_at: Vec<SystemTime> = row.try_get("due_at")?;
+    let held_back = if row.try_get("is_due")? {
+        let claimed = i64::try_from(ids.len()).unwrap_or(i64::MAX);
+        held_back(row.try_get("tokens")?, claimed, limit, rate)
+    } else {
+        None
+    };
+    if ids.is_empty() {
+        return Ok((Vec::new(), held_back));
+    }
+    let rows = client.query_typed(
+        CLAIMED,
+        &[
+            (&ids, Type::UUID_ARRAY),
+            (&attempts, Type::INT4_ARRAY),
+            (&due_at, Type::TIMESTAMPTZ_ARRAY),
+        ],
+    )?;
+    Ok((rows, held_back))
+}
+
+/// Until a twentieth of a second's tokens are there, as the poller waits for its own; `None` if
+/// it was not for them that no more was claimed. `tokens` were there before, unless another had
+/// them.
+fn held_back(tokens: Option<f64>, claimed: i64, limit: i64, rate: f64) -> Option<Duration> {
+    let Some(tokens) = tokens else {
+        return Some(TURN);
+    };
+    #[expect(clippy::cast_precision_loss, reason = "at most BATCH_ROWS_MAX")]
+    let left = tokens - claimed as f64;
+    if claimed >= limit || left >= 1.0 {
+        return None;
+    }
+    let missing = (rate / 20.0).max(1.0) - left;
+    let wait = Duration::try_from_secs_f64(missing / rate).unwrap_or_default();
+    Some(wait.max(TURN))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_want_of_tokens_holds_back() {
+        // Another has them.
+        assert_eq!(held_back(None, 0, 10, 50.0), Some(TURN));
+        // All that was asked for; all that was due.
+        assert_eq!(held_back(Some(10.5), 10, 10, 50.0), None);
+        assert_eq!(held_back(Some(10.5), 9, 20, 50.0), None);
+        // None left, or half a one.
+        let wait = |tokens, claimed, rate| held_back(Some(tokens), claimed, 60, rate);
+        assert_eq!(wait(50.0, 50, 50.0), Some(Duration::from_millis(50)));
+        assert_eq!(wait(0.5, 0, 1.0), Some(Duration::from_millis(500)));
+        // Even so there are enough in no time.
+        assert_eq!(wait(0.99, 0, 20.0), Some(TURN));
+    }
+}
