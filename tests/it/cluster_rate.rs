@@ -8,11 +8,12 @@ use asyncproxy::queue::postgres::PostgresStore;
 use asyncproxy::queue::{Claim, Store};
 
 use crate::contract::{LEASE, TIMEOUT, append_one, counts, request, row};
+use crate::instances::INSERT;
 use crate::support::destination::{Answer, Destination};
 use crate::support::metrics;
 use crate::support::pgbouncer::Pgbouncer;
 use crate::support::postgres::{TestDb, cluster};
-use crate::support::proxy::{Setup, wait_until};
+use crate::support::proxy::{PATIENCE, Setup, wait_until};
 use crate::support::store;
 
 fn open_at(url: &str, per_second: u32) -> PostgresStore {
@@ -43,8 +44,8 @@ fn is_true(database: &TestDb, condition: &str) -> bool {
 
 /// What a bucket gives that is full at first, at most.
 fn most_after(elapsed: Duration, per_second: u32) -> usize {
-    let tokens = f64::from(per_second) * (1.0 + elapsed.as_secs_f64());
-    (0..).take_while(|count| f64::from(*count) < tokens).count()
+    let tokens = u128::from(per_second) * (1000 + elapsed.as_millis()) / 1000;
+    usize::try_from(tokens).unwrap() + 1
 }
 
 #[test]
@@ -186,14 +187,6 @@ fn a_table_that_was_emptied_is_filled_again() {
     wait_until("tokens", || !claim(&store, 1).rows.is_empty());
 }
 
-/// As if so many requests had been stored some time ago.
-const INSERT: &str = "
-    INSERT INTO proxy_requests
-           (id, received_at, next_attempt_at, attempt, method, target, headers, body)
-    SELECT gen_random_uuid(), now(), now(), 0, 'POST', '/hook',
-           convert_to('X-Id: ' || number || E'\\r\\n', 'UTF8'), 'body'
-      FROM generate_series(0, $1::bigint - 1) AS number";
-
 /// Each for itself would send twice as much.
 #[test]
 fn two_instances_send_no_more_than_the_rate_together() {
@@ -221,7 +214,7 @@ fn two_instances_send_no_more_than_the_rate_together() {
     let mut client = database.client();
     let inserted = client.execute(INSERT, &[&(ROWS as i64)]).expect(INSERT);
     assert_eq!(inserted, ROWS as u64);
-    let seen = destination.wait_for_numbers(ROWS, crate::support::proxy::PATIENCE);
+    let seen = destination.wait_for_numbers(ROWS, PATIENCE);
     assert_eq!(seen.len(), ROWS);
     let delivered = proxies.each_ref().map(|proxy| {
         metrics::wait_for(proxy, "an empty queue", |metrics| {

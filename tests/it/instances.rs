@@ -12,7 +12,7 @@ const ROWS: usize = 20_000;
 const WORKERS: usize = 8;
 
 /// As if so many requests had been stored some time ago.
-const INSERT: &str = "
+pub const INSERT: &str = "
     INSERT INTO proxy_requests
            (id, received_at, next_attempt_at, attempt, method, target, headers, body)
     SELECT gen_random_uuid(), now(), now(), 0, 'POST', '/hook',

@@ -74,20 +74,26 @@ pub(super) const CLAIM_UNORDERED: &str = claim!("");
 /// two limits the inner one is the planner's, which has to know it to choose the index.
 ///
 /// What `paid` joins are no subqueries in SET: where another instance has changed the row since
-/// this statement began, only the former are kept while the row is looked at again.
+/// this statement began, only the former are kept while the row is looked at again. `is_only` is
+/// for the index, where a transaction that stayed open for long has left a large table behind.
 macro_rules! claim_by_tokens {
     ($order:literal) => {
         concat!(
             "
     WITH waiting AS MATERIALIZED (
-        SELECT EXISTS (
-            SELECT FROM proxy_requests
+        SELECT (
+            SELECT true
+              FROM proxy_requests
              WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
-        ) AS is_due
+             ",
+            $order,
+            "
+             LIMIT 1
+        ) IS NOT NULL AS is_due
     ), held AS MATERIALIZED (
         SELECT tokens, refilled_at
           FROM proxy_rate
-         WHERE (SELECT is_due FROM waiting)
+         WHERE is_only AND (SELECT is_due FROM waiting)
            FOR UPDATE SKIP LOCKED
     ), seen AS MATERIALIZED (
         SELECT tokens, refilled_at, clock_timestamp() AS seen_at
@@ -130,9 +136,9 @@ macro_rules! claim_by_tokens {
            SET tokens = refilled.tokens - taken.tokens,
                refilled_at = refilled.seen_at
           FROM refilled, (SELECT count(*) AS tokens FROM claimed) AS taken
-         WHERE taken.tokens > 0 OR refilled.is_set_back
+         WHERE is_only AND (taken.tokens > 0 OR refilled.is_set_back)
     )
-    SELECT EXISTS (SELECT FROM proxy_rate) AS has_rate,
+    SELECT EXISTS (SELECT FROM proxy_rate WHERE is_only) AS has_rate,
            (SELECT is_due FROM waiting) AS is_due,
            (SELECT tokens FROM refilled) AS tokens,
            coalesce(array_agg(id), '{}') AS ids,
