@@ -23,15 +23,15 @@ use crate::descriptors;
 use crate::drain::Drain;
 use crate::intake::{Intake, builtin, tiny_http};
 use crate::metrics::Metrics;
-use crate::queue::Store;
 use crate::queue::depth::Depth;
 use crate::queue::health::StoreHealth;
-use crate::queue::poller::{Poller, Room, Sampler, Wake};
+use crate::queue::poller::{self, Poller, Room, Sampler, Wake};
 use crate::queue::postgres::PostgresStore;
 use crate::queue::settler::{Settlements, Settler};
 use crate::queue::spool::{self, Mover, Spool};
 use crate::queue::sqlite::SqliteStore;
 use crate::queue::writer::{Appender, Writer};
+use crate::queue::{ByClass, Store};
 use crate::thread::Threads;
 use crate::upstream::Upstream;
 use crate::worker::{Delivery, Places, Shared, Slot, Worker};
@@ -235,7 +235,13 @@ impl Running {
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let places = Arc::new(Places::new(config.proxy.num_clients));
         let (direct_sender, direct) = bounded(config.proxy.num_clients);
-        let (claimed_sender, claimed) = bounded(2 * config.queue.workers);
+        let (fresh_sender, fresh) = bounded(2 * config.queue.workers);
+        let (retried_sender, retried) = bounded(2 * config.queue.workers);
+        let claimed = ByClass { fresh, retried };
+        let claimed_sender = ByClass {
+            fresh: fresh_sender,
+            retried: retried_sender,
+        };
         let (hurry_sender, hurry) = bounded(0);
         let shared = Arc::new(Shared {
             policy: config.queue.retry.clone(),
@@ -406,7 +412,7 @@ fn new_poller(
     stage: &Stage,
     room: &Arc<Room>,
     (woken, stop): (Receiver<()>, Receiver<()>),
-    deliveries: Sender<Delivery>,
+    deliveries: ByClass<Sender<Delivery>>,
 ) -> Poller {
     Poller {
         store: Arc::clone(&stage.store),
@@ -428,13 +434,14 @@ fn start_workers(
     config: &Config,
     shared: &Arc<Shared>,
     direct: &Receiver<Delivery>,
-    claimed: &Receiver<Delivery>,
+    claimed: &ByClass<Receiver<Delivery>>,
 ) -> Result<Vec<Arc<Slot>>, RunError> {
     let upstream = Upstream::new(
         config.proxy.remote_url.clone(),
         config.proxy.request_timeout,
     );
     let mut slots = Vec::new();
+    let reserved = poller::reserved(config.queue.workers);
     let pools = [
         (
             "proxy",
@@ -445,7 +452,7 @@ fn start_workers(
         (
             "queue",
             config.queue.workers,
-            claimed,
+            &claimed.fresh,
             &shared.metrics.busy_queue,
         ),
     ];
@@ -457,6 +464,7 @@ fn start_workers(
                 client: upstream.client(),
                 slot: Arc::clone(&slot),
                 deliveries: deliveries.clone(),
+                retried: (pool == "queue" && number > reserved).then(|| claimed.retried.clone()),
                 busy: busy.clone(),
             };
             slots.push(slot);

@@ -12,7 +12,9 @@ use crate::metrics::Metrics;
 use crate::queue::poller::Room;
 use crate::queue::settler::Settlements;
 use crate::queue::spool::Spool;
-use crate::queue::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow, Settlement, Store, StoreError};
+use crate::queue::{
+    BATCH_BYTES_MAX, BATCH_ROWS_MAX, ByClass, Class, Fate, NewRow, Settlement, Store, StoreError,
+};
 use crate::worker::{Delivery, Origin, Places, Slot, interrupted};
 
 /// How often the end of the work is looked for.
@@ -37,7 +39,7 @@ pub struct Drain {
     pub places: Arc<Places>,
     pub settlements: Settlements,
     pub direct: Receiver<Delivery>,
-    pub claimed: Receiver<Delivery>,
+    pub claimed: ByClass<Receiver<Delivery>>,
     pub slots: Vec<Arc<Slot>>,
     /// Dropped to make workers wait for nothing any more.
     pub hurry: Option<Sender<()>>,
@@ -49,11 +51,17 @@ type Rest = (Arc<Delivery>, bool);
 impl Drain {
     /// Gives back the rows that were claimed but that no worker has begun with.
     pub fn release_unstarted(&self, deadline: Instant) {
-        for delivery in self.claimed.try_iter() {
+        for delivery in self.unstarted() {
+            let class = Class::of(delivery.attempt);
             self.settlements
                 .send_until(delivery.interrupted(false), deadline);
-            self.room.leave();
+            self.room.leave(class);
         }
+    }
+
+    fn unstarted(&self) -> impl Iterator<Item = Delivery> {
+        let ByClass { fresh, retried } = &self.claimed;
+        fresh.try_iter().chain(retried.try_iter())
     }
 
     /// Waits until the last of the senders' connections is closed and the workers are through
@@ -109,7 +117,7 @@ impl Drain {
         let (mut unstored, mut unsettled) = (Vec::new(), Vec::new());
         let deadline = Instant::now() + GATHER_TIME;
         loop {
-            let unstarted = self.direct.try_iter().chain(self.claimed.try_iter());
+            let unstarted = self.direct.try_iter().chain(self.unstarted());
             let started = self.slots.iter().filter_map(|slot| slot.take());
             let rest = unstarted
                 .map(|delivery| (Arc::new(delivery), false))

@@ -18,7 +18,7 @@ use crate::metrics::{Busy, Metrics};
 use crate::queue::poller::Room;
 use crate::queue::settler::Settlements;
 use crate::queue::writer::Appender;
-use crate::queue::{Claimed, Decision, Fate, NewRow, Settlement};
+use crate::queue::{Claimed, Class, Decision, Fate, NewRow, Settlement};
 use crate::request::Request;
 use crate::settle::{Failure, RetryPolicy, Verdict};
 use crate::upstream::Client;
@@ -206,13 +206,15 @@ pub struct Worker {
     pub client: Client,
     pub slot: Arc<Slot>,
     pub deliveries: Receiver<Delivery>,
+    /// Taken from as well by those who are not reserved for fresh rows.
+    pub retried: Option<Receiver<Delivery>>,
     pub busy: IntGauge,
 }
 
 impl Worker {
     /// Runs until the channel of deliveries is closed and empty, or the program is about to end.
     pub fn run(mut self) {
-        while let Ok(delivery) = self.deliveries.recv() {
+        while let Some(delivery) = self.next() {
             let busy = self.busy.clone();
             let _busy = Busy::new(&busy);
             match delivery.origin {
@@ -226,10 +228,23 @@ impl Worker {
                     self.shared.places.leave();
                 }
                 Origin::Claimed { send_until } => {
+                    let class = Class::of(delivery.attempt);
                     self.deliver_leased(delivery, send_until);
-                    self.shared.room.leave();
+                    self.shared.room.leave(class);
                 }
             }
+        }
+    }
+
+    /// Waits for a delivery; `None` when there will be none.
+    fn next(&self) -> Option<Delivery> {
+        let fresh = &self.deliveries;
+        let Some(retried) = &self.retried else {
+            return fresh.recv().ok();
+        };
+        crossbeam_channel::select! {
+            recv(fresh) -> delivery => delivery.or_else(|_| retried.recv()).ok(),
+            recv(retried) -> delivery => delivery.or_else(|_| fresh.recv()).ok(),
         }
     }
 

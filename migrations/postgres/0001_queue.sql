@@ -28,7 +28,11 @@ ALTER TABLE proxy_requests ALTER COLUMN body SET STORAGE EXTERNAL;
 
 -- Serves the claim by its first column, and counts by all three without the rows themselves.
 -- A claim changes the first, so no update is a HOT one, and a lower fillfactor would not help.
-CREATE INDEX proxy_requests_due ON proxy_requests (next_attempt_at) INCLUDE (leased, received_at);
+-- Each row is in one of two: those that were tried at most once are claimed apart from the others.
+CREATE INDEX proxy_requests_fresh ON proxy_requests (next_attempt_at)
+    INCLUDE (leased, received_at) WHERE attempt <= 1;
+CREATE INDEX proxy_requests_retried ON proxy_requests (next_attempt_at)
+    INCLUDE (leased, received_at) WHERE attempt > 1;
 
 -- Requests that were given up. Kept as they were: one that cannot be sent may be here, too.
 CREATE TABLE proxy_dead_letters (

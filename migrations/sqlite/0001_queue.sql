@@ -20,7 +20,11 @@ CREATE TABLE proxy_requests (
 ) STRICT;
 
 -- Serves the claim by its first column, and counts by all three without the rows themselves.
-CREATE INDEX proxy_requests_due ON proxy_requests (next_attempt_at, leased, received_at);
+-- Each row is in one of two: those that were tried at most once are claimed apart from the others.
+CREATE INDEX proxy_requests_fresh ON proxy_requests (next_attempt_at, leased, received_at)
+    WHERE attempt <= 1;
+CREATE INDEX proxy_requests_retried ON proxy_requests (next_attempt_at, leased, received_at)
+    WHERE attempt > 1;
 
 -- Requests that were given up. Kept as they were: a row that cannot be read may be here, too.
 CREATE TABLE proxy_dead_letters (

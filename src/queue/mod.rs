@@ -38,14 +38,20 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// [`StoreError`]; the rows may have been committed if the connection broke during the commit.
     fn append(&self, rows: &[NewRow]) -> Result<(), StoreError>;
 
-    /// Leases up to `limit` rows that are due, oldest due first (in any order without
+    /// Leases up to `limit` rows of a class that are due, oldest due first (in any order without
     /// `db.use_index`): counts the attempt and hides the row for `lease`. Takes no further row
     /// once their bodies have `bytes_max` bytes together; the first is taken in any case.
     /// A row that cannot be read is moved to the dead letters instead.
     ///
     /// # Errors
     /// [`StoreError`]; rows leased all the same are due again when the lease is over.
-    fn claim(&self, limit: usize, bytes_max: usize, lease: Duration) -> Result<Claim, StoreError>;
+    fn claim(
+        &self,
+        class: Class,
+        limit: usize,
+        bytes_max: usize,
+        lease: Duration,
+    ) -> Result<Claim, StoreError>;
 
     /// Carries out what was decided about claimed rows. A settlement that does not match the
     /// row's current attempt changes nothing: someone else has claimed it since.
@@ -68,6 +74,42 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`StoreError`].
     fn sample(&self) -> Result<Sample, StoreError>;
+}
+
+/// Rows by the attempts made so far: those that fail again and again must not keep others waiting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// The first or second attempt is to be made.
+    Fresh,
+    /// The third or a later one.
+    Retried,
+}
+
+impl Class {
+    /// Of a row whose attempt number `attempt` is to be made.
+    pub fn of(attempt: u32) -> Class {
+        if attempt <= 2 {
+            Class::Fresh
+        } else {
+            Class::Retried
+        }
+    }
+}
+
+/// One of something for each class.
+#[derive(Debug, Clone)]
+pub struct ByClass<T> {
+    pub fresh: T,
+    pub retried: T,
+}
+
+impl<T> ByClass<T> {
+    pub fn of(&self, class: Class) -> &T {
+        match class {
+            Class::Fresh => &self.fresh,
+            Class::Retried => &self.retried,
+        }
+    }
 }
 
 /// A row to be appended.

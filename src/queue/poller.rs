@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::health::StoreHealth;
-use super::{BATCH_ROWS_MAX, Store};
+use super::{BATCH_ROWS_MAX, ByClass, Class, Store};
 use crate::breaker::{Destination, Pace};
 use crate::budget::Budget;
 use crate::limiter::TokenBucket;
@@ -23,6 +23,9 @@ use crate::worker::Delivery;
 /// Pauses between looks at an empty queue, or at a store that does not work.
 const PAUSE_MIN: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// How soon retried rows are looked for again when there were none.
+const RETRIED_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a lease has beyond `proxy.request_timeout`: half of it for waiting until a worker is
 /// free, the rest for settling.
@@ -64,22 +67,37 @@ impl Wake {
     }
 }
 
+/// Workers that take no rows but fresh ones, of so many in all: however long the destination takes
+/// for those that fail again and again, others get through.
+pub fn reserved(workers: usize) -> usize {
+    (workers / 4).max(1).min(workers - 1)
+}
+
 /// Counts the rows claimed and not yet through with: bounds how many more are claimed.
 #[derive(Debug)]
 pub struct Room {
-    claimed: AtomicUsize,
-    limit: usize,
+    all: Count,
+    /// Those among them that are not fresh.
+    retried: Count,
     wake: Wake,
 }
 
-impl Room {
-    /// Room for each worker's row and for one more each, so that no worker waits for a claim.
-    pub fn new(workers: usize, wake: Wake) -> Room {
-        Room {
+#[derive(Debug)]
+struct Count {
+    claimed: AtomicUsize,
+    limit: usize,
+}
+
+impl Count {
+    fn new(limit: usize) -> Count {
+        Count {
             claimed: AtomicUsize::new(0),
-            limit: 2 * workers,
-            wake,
+            limit,
         }
+    }
+
+    fn claimed(&self) -> usize {
+        self.claimed.load(Ordering::Acquire)
     }
 
     /// How many rows fit; 0 until a fair batch does, so that claims stay large under load.
@@ -92,19 +110,43 @@ impl Room {
         (self.limit / 4).max(1)
     }
 
-    /// Rows claimed that nobody is through with.
-    pub fn claimed(&self) -> usize {
-        self.claimed.load(Ordering::Acquire)
-    }
-
     fn enter(&self) {
         self.claimed.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// A worker is through with a row.
-    pub fn leave(&self) {
+    /// Whether a batch fits now, for the first time.
+    fn leave(&self) -> bool {
         let claimed = self.claimed.fetch_sub(1, Ordering::AcqRel) - 1;
-        if claimed == self.limit - self.batch_min() {
+        claimed == self.limit.saturating_sub(self.batch_min())
+    }
+}
+
+impl Room {
+    /// Room for each worker's row and for one more each, so that no worker waits for a claim.
+    pub fn new(workers: usize, wake: Wake) -> Room {
+        Room {
+            all: Count::new(2 * workers),
+            retried: Count::new(2 * (workers - reserved(workers))),
+            wake,
+        }
+    }
+
+    /// Rows claimed that nobody is through with.
+    pub fn claimed(&self) -> usize {
+        self.all.claimed()
+    }
+
+    fn enter(&self, class: Class) {
+        self.all.enter();
+        if class == Class::Retried {
+            self.retried.enter();
+        }
+    }
+
+    /// A worker is through with a row.
+    pub fn leave(&self, class: Class) {
+        let has_room = class == Class::Retried && self.retried.leave();
+        if self.all.leave() || has_room {
             self.wake.wake();
         }
     }
@@ -124,7 +166,17 @@ pub struct Poller {
     pub woken: Receiver<()>,
     /// Closed to make the poller stop claiming.
     pub stop: Receiver<()>,
-    pub deliveries: Sender<Delivery>,
+    pub deliveries: ByClass<Sender<Delivery>>,
+}
+
+/// What came of a look into the store.
+#[derive(Debug, Default)]
+struct Looked {
+    claimed: usize,
+    /// There may be more at once.
+    is_more: bool,
+    /// How long nothing will come, whoever asks.
+    held_back: Option<Duration>,
 }
 
 impl Poller {
@@ -133,6 +185,7 @@ impl Poller {
         let mut bucket = TokenBucket::new(self.per_second, Instant::now());
         let mut pause = PAUSE_MIN;
         let mut not_before = Instant::now();
+        let mut retried_at = not_before;
         loop {
             let pace = self.destination.pace();
             let limit = if Instant::now() < not_before {
@@ -142,14 +195,14 @@ impl Poller {
                 self.limit(pace, &mut bucket)
             };
             // While the store does not work, nobody but this tells when it works again.
-            let (claimed, held_back) = if limit > 0 || self.health.fault().is_some() {
-                self.claim(limit)
+            let looked = if limit > 0 || self.health.fault().is_some() {
+                self.claim_both(limit, &mut retried_at)
             } else {
-                (0, None)
+                Looked::default()
             };
             // At most one second's worth, which fits into u32.
-            bucket.take(u32::try_from(claimed).unwrap_or(u32::MAX));
-            if let Some(held_back) = held_back {
+            bucket.take(u32::try_from(looked.claimed).unwrap_or(u32::MAX));
+            if let Some(held_back) = looked.held_back {
                 pause = PAUSE_MIN;
                 not_before = Instant::now() + held_back;
             }
@@ -159,11 +212,11 @@ impl Poller {
             } else if limit == 0 {
                 // For room a worker wakes us; for a token nobody does.
                 self.wait(pace, &mut bucket)
-            } else if claimed == limit {
+            } else if looked.is_more {
                 pause = PAUSE_MIN;
                 Duration::ZERO
             } else {
-                pause = if claimed == 0 {
+                pause = if looked.claimed == 0 {
                     (pause * 2).min(PAUSE_MAX)
                 } else {
                     PAUSE_MIN
@@ -187,7 +240,7 @@ impl Poller {
             (Pace::Stopped(_), _) => 0,
             (Pace::Full | Pace::Share(_), _) => {
                 let tokens = bucket.available(now) as usize;
-                self.room.available().min(tokens).min(BATCH_ROWS_MAX)
+                self.room.all.available().min(tokens).min(BATCH_ROWS_MAX)
             }
         }
     }
@@ -241,13 +294,40 @@ impl Poller {
         (self.budget.limit_bytes() / 2).saturating_sub(self.budget.held_bytes())
     }
 
-    /// How many rows were claimed, and how long none will be, whoever asks.
-    fn claim(&self, limit: usize) -> (usize, Option<Duration>) {
+    /// Claims rows of both classes: of those that were retried at most half, and not more than
+    /// there are workers for, so that neither class keeps the other waiting.
+    fn claim_both(&self, limit: usize, retried_at: &mut Instant) -> Looked {
+        let retried_limit = if Instant::now() < *retried_at {
+            0
+        } else {
+            limit.div_ceil(2).min(self.room.retried.available())
+        };
+        let mut looked = Looked::default();
+        if retried_limit > 0 {
+            looked = self.claim(Class::Retried, retried_limit);
+            if looked.claimed == 0 {
+                *retried_at = Instant::now() + RETRIED_PAUSE;
+            }
+        }
+        let fresh_limit = limit - looked.claimed;
+        let is_over = looked.held_back.is_some() || (looked.claimed > 0 && fresh_limit == 0);
+        if is_over {
+            return looked;
+        }
+        let fresh = self.claim(Class::Fresh, fresh_limit);
+        Looked {
+            claimed: looked.claimed + fresh.claimed,
+            is_more: looked.is_more || fresh.is_more,
+            held_back: fresh.held_back,
+        }
+    }
+
+    fn claim(&self, class: Class, limit: usize) -> Looked {
         // The lease begins no sooner than this.
         let (lease, send_until) = lease(self.request_timeout);
-        let result = self.store.claim(limit, self.bytes_max(), lease);
+        let result = self.store.claim(class, limit, self.bytes_max(), lease);
         let Ok(claim) = self.health.note("claim", result, &self.metrics) else {
-            return (0, None);
+            return Looked::default();
         };
         self.health.depth.leave(claim.unreadable);
         self.metrics.unreadable.inc_by(claim.unreadable);
@@ -258,15 +338,19 @@ impl Poller {
         }
         for row in claim.rows {
             let permit = self.budget.holding(row.request.body.len());
-            self.room.enter();
+            self.room.enter(class);
             let delivery = Delivery::claimed(row, permit, send_until);
             // The channel has room for all that `room` admits. With no worker left the row is
             // let go, and due again after its lease.
-            if self.deliveries.send(delivery).is_err() {
-                self.room.leave();
+            if self.deliveries.of(class).send(delivery).is_err() {
+                self.room.leave(class);
             }
         }
-        (count, claim.held_back)
+        Looked {
+            claimed: count,
+            is_more: count == limit && limit > 0,
+            held_back: claim.held_back,
+        }
     }
 }
 

@@ -19,8 +19,8 @@ use ::postgres::{Client, Config, Row};
 use uuid::Uuid;
 
 use super::{
-    BATCH_BYTES_MAX, Claim, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement, Store,
-    StoreError,
+    BATCH_BYTES_MAX, ByClass, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled,
+    Settlement, Store, StoreError,
 };
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
@@ -38,7 +38,7 @@ const UNIX_SECONDS_MAX: u64 = 253_402_300_799;
 pub struct PostgresStore {
     connections: Connections,
     use_index: bool,
-    start: Arc<Start>,
+    starts: ByClass<Arc<Start>>,
     timeout: Duration,
     append_timeout: Duration,
     shared_rate: Option<u32>,
@@ -58,7 +58,10 @@ impl PostgresStore {
         PostgresStore {
             connections: Connections::new(config, max_connections, timeout),
             use_index,
-            start: Arc::default(),
+            starts: ByClass {
+                fresh: Arc::default(),
+                retried: Arc::default(),
+            },
             timeout,
             append_timeout: timeout,
             shared_rate: None,
@@ -99,14 +102,21 @@ impl Store for PostgresStore {
         self.run(self.append_timeout, move |client| append(client, &rows))
     }
 
-    fn claim(&self, limit: usize, bytes_max: usize, lease: Duration) -> Result<Claim, StoreError> {
-        let start = self.use_index.then(|| Arc::clone(&self.start));
+    fn claim(
+        &self,
+        class: Class,
+        limit: usize,
+        bytes_max: usize,
+        lease: Duration,
+    ) -> Result<Claim, StoreError> {
+        let start = self.use_index.then(|| Arc::clone(self.starts.of(class)));
         let shared_rate = self.shared_rate;
         self.connections.run(
             self.timeout,
             move |client| {
                 claim(
                     client,
+                    class,
                     start.as_deref(),
                     shared_rate,
                     (limit, bytes_max, lease),
@@ -211,6 +221,7 @@ impl<'a> NewRows<'a> {
 /// Claims in order from `start`; without one, as rows come. With a `shared_rate`, by its tokens.
 fn claim(
     client: &mut Client,
+    class: Class,
     start: Option<&Start>,
     shared_rate: Option<u32>,
     (limit, bytes_max, lease): (usize, usize, Duration),
@@ -228,9 +239,12 @@ fn claim(
         (&from, Type::TIMESTAMPTZ),
     ];
     let (rows, held_back) = match (shared_rate, start) {
-        (Some(rate), _) => tokens::claim(client, start.is_some(), &parameters, limit, rate)?,
-        (None, Some(_)) => (client.query_typed(CLAIM, &parameters)?, None),
-        (None, None) => (client.query_typed(CLAIM_UNORDERED, &parameters)?, None),
+        (Some(rate), _) => tokens::claim(client, class, start.is_some(), &parameters, limit, rate)?,
+        (None, Some(_)) => (client.query_typed(CLAIM.of(class), &parameters)?, None),
+        (None, None) => {
+            let rows = client.query_typed(CLAIM_UNORDERED.of(class), &parameters)?;
+            (rows, None)
+        }
     };
     let last_due = rows.iter().filter_map(|row| row.try_get("due_at").ok());
     if let (Some(start), Some(last_due)) = (start, last_due.max()) {

@@ -15,8 +15,8 @@ use rusqlite::{
 use uuid::Uuid;
 
 use super::{
-    BATCH_BYTES_MAX, Claim, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement, Store,
-    StoreError, migrate,
+    BATCH_BYTES_MAX, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled, Settlement,
+    Store, StoreError, migrate,
 };
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
@@ -53,20 +53,35 @@ const INSERT: &str = insert!("proxy_requests", "next_attempt_at", "", "");
 const INSERT_LEASED: &str = insert!("proxy_requests", "next_attempt_at", ", leased", ", 1");
 const INSERT_DEAD: &str = insert!("proxy_dead_letters", "died_at", "", "");
 
-/// Served by `proxy_requests_due`, which also has the order.
-const SELECT_DUE: &str = "
+/// Served by the index of the class, which also has the order; or, as rows come, by the table.
+macro_rules! select_due {
+    ($from:literal, $class:literal, $order:literal) => {
+        concat!(
+            "
     SELECT seq, id, received_at, attempt, method, target, headers, body
-      FROM proxy_requests
-     WHERE next_attempt_at <= ?1
-     ORDER BY next_attempt_at
-     LIMIT ?2";
-
-/// As it comes: served by the table, in the order of arrival.
-const SELECT_DUE_UNORDERED: &str = "
-    SELECT seq, id, received_at, attempt, method, target, headers, body
-      FROM proxy_requests NOT INDEXED
-     WHERE next_attempt_at <= ?1
-     LIMIT ?2";
+      FROM proxy_requests ",
+            $from,
+            "
+     WHERE next_attempt_at <= ?1 AND ",
+            $class,
+            $order,
+            "
+     LIMIT ?2"
+        )
+    };
+}
+const SELECT_FRESH: &str = select_due!(
+    "INDEXED BY proxy_requests_fresh",
+    "attempt <= 1",
+    " ORDER BY next_attempt_at"
+);
+const SELECT_RETRIED: &str = select_due!(
+    "INDEXED BY proxy_requests_retried",
+    "attempt > 1",
+    " ORDER BY next_attempt_at"
+);
+const SELECT_FRESH_UNORDERED: &str = select_due!("NOT INDEXED", "attempt <= 1", "");
+const SELECT_RETRIED_UNORDERED: &str = select_due!("NOT INDEXED", "attempt > 1", "");
 
 const LEASE: &str = "
     UPDATE proxy_requests
@@ -139,13 +154,22 @@ const SELECT_OLD: &str = "
 
 const PURGE: &str = "DELETE FROM proxy_dead_letters WHERE seq = ?1";
 
-/// Served by `proxy_requests_due` alone, and the second count by the index on `died_at`.
+/// Served by the two indexes alone, and the last count by the one on `died_at`.
 const SAMPLE: &str = "
-    SELECT count(*),
-           coalesce(sum(leased = 1 AND next_attempt_at > ?1), 0),
-           min(received_at),
-           (SELECT count(*) FROM proxy_dead_letters)
-      FROM proxy_requests INDEXED BY proxy_requests_due";
+    SELECT sum(count), sum(leased), min(oldest), (SELECT count(*) FROM proxy_dead_letters)
+      FROM (
+        SELECT count(*) AS count,
+               coalesce(sum(leased = 1 AND next_attempt_at > ?1), 0) AS leased,
+               min(received_at) AS oldest
+          FROM proxy_requests INDEXED BY proxy_requests_fresh
+         WHERE attempt <= 1
+         UNION ALL
+        SELECT count(*),
+               coalesce(sum(leased = 1 AND next_attempt_at > ?1), 0),
+               min(received_at)
+          FROM proxy_requests INDEXED BY proxy_requests_retried
+         WHERE attempt > 1
+      )";
 
 const CREATE_MIGRATIONS: &str = "
     CREATE TABLE IF NOT EXISTS asyncproxy_migrations (
@@ -153,11 +177,17 @@ const CREATE_MIGRATIONS: &str = "
         applied_at INTEGER NOT NULL
     ) STRICT";
 
-/// Walks through `proxy_requests_due`, once at the start.
-const TAKE_OVER: &str = "
-    UPDATE proxy_requests INDEXED BY proxy_requests_due
+/// Walks through the two indexes, once at the start.
+const TAKE_OVER: [&str; 2] = [
+    "
+    UPDATE proxy_requests INDEXED BY proxy_requests_fresh
        SET leased = 0, next_attempt_at = min(next_attempt_at, ?1)
-     WHERE leased = 1";
+     WHERE attempt <= 1 AND leased = 1",
+    "
+    UPDATE proxy_requests INDEXED BY proxy_requests_retried
+       SET leased = 0, next_attempt_at = min(next_attempt_at, ?1)
+     WHERE attempt > 1 AND leased = 1",
+];
 
 /// Whose a file is.
 #[derive(Debug, Default)]
@@ -277,9 +307,10 @@ impl SqliteStore {
             *ownership = Ownership::Others;
             return Ok(());
         };
-        let count = connection
-            .execute(TAKE_OVER, [now_ms()])
-            .map_err(|error| self.describe(&error))?;
+        let now = now_ms();
+        let taken = TAKE_OVER.map(|statement| connection.execute(statement, [now]));
+        let taken: rusqlite::Result<Vec<usize>> = taken.into_iter().collect();
+        let count: usize = taken.map_err(|error| self.describe(&error))?.iter().sum();
         *ownership = Ownership::Ours { _lock: file };
         if count > 0 {
             log::info!(count; "took over what was leased when the last run ended");
@@ -379,14 +410,21 @@ impl Store for SqliteStore {
         })
     }
 
-    fn claim(&self, limit: usize, bytes_max: usize, lease: Duration) -> Result<Claim, StoreError> {
+    fn claim(
+        &self,
+        class: Class,
+        limit: usize,
+        bytes_max: usize,
+        lease: Duration,
+    ) -> Result<Claim, StoreError> {
         self.write(|transaction| {
             let now = now_ms();
             let mut claim = Claim::default();
-            let mut select = transaction.prepare(if self.use_index {
-                SELECT_DUE
-            } else {
-                SELECT_DUE_UNORDERED
+            let mut select = transaction.prepare(match (class, self.use_index) {
+                (Class::Fresh, true) => SELECT_FRESH,
+                (Class::Retried, true) => SELECT_RETRIED,
+                (Class::Fresh, false) => SELECT_FRESH_UNORDERED,
+                (Class::Retried, false) => SELECT_RETRIED_UNORDERED,
             })?;
             let mut lease_one = transaction.prepare(LEASE)?;
             // Collected before anything is changed that the SELECT walks along.

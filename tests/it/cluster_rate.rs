@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use asyncproxy::queue::postgres::PostgresStore;
-use asyncproxy::queue::{Claim, Store};
+use asyncproxy::queue::{Claim, Class, Store};
 
 use crate::contract::{LEASE, TIMEOUT, append_one, counts, request, row};
 use crate::instances::INSERT;
@@ -30,7 +30,7 @@ fn append(store: &dyn Store, rows: usize) {
 }
 
 fn claim(store: &dyn Store, limit: usize) -> Claim {
-    store.claim(limit, usize::MAX, LEASE).unwrap()
+    store.claim(Class::Fresh, limit, usize::MAX, LEASE).unwrap()
 }
 
 fn sql(database: &TestDb, statement: &str) {
@@ -99,7 +99,7 @@ fn takes_tokens_only_for_what_is_claimed() {
     assert_eq!((first.rows.len(), first.held_back), (3, None));
     append(&store, 100);
     // Two that are left for want of memory.
-    let second = store.claim(3, 1, LEASE).unwrap();
+    let second = store.claim(Class::Fresh, 3, 1, LEASE).unwrap();
     assert_eq!((second.rows.len(), second.held_back), (1, None));
     let third = claim(&store, 100);
     assert!(third.held_back.is_some());

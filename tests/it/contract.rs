@@ -12,8 +12,8 @@ use ::postgres::{Client, SimpleQueryMessage};
 use asyncproxy::queue::postgres::PostgresStore;
 use asyncproxy::queue::sqlite::SqliteStore;
 use asyncproxy::queue::{
-    BATCH_BYTES_MAX, BATCH_ROWS_MAX, Claimed, Decision, Fate, NewRow, Sample, Settled, Settlement,
-    Store, StoreError,
+    BATCH_BYTES_MAX, BATCH_ROWS_MAX, Claim, Claimed, Class, Decision, Fate, NewRow, Sample,
+    Settled, Settlement, Store, StoreError,
 };
 use asyncproxy::request::{Headers, Request};
 use asyncproxy::settle::{Failure, Verdict};
@@ -215,6 +215,7 @@ contract!(
     append_is_all_or_none,
     claims_oldest_due_first_and_no_more_than_asked,
     a_claim_takes_no_more_bytes_than_asked_but_always_one_row,
+    classes_are_claimed_apart,
     a_row_is_due_after_its_delay,
     a_claim_counts_the_attempt_and_hides_the_row,
     a_lease_that_is_over_is_due_again,
@@ -289,8 +290,22 @@ pub fn append_one(store: &dyn Store) -> Uuid {
     row.request.id
 }
 
+/// Claims rows of both classes.
+pub fn claim_any(store: &dyn Store, limit: usize, bytes_max: usize, lease: Duration) -> Claim {
+    let mut claim = store
+        .claim(Class::Fresh, limit, bytes_max, lease)
+        .expect("claim");
+    let left = limit - claim.rows.len();
+    let retried = store
+        .claim(Class::Retried, left, bytes_max, lease)
+        .expect("claim");
+    claim.unreadable += retried.unreadable;
+    claim.rows.extend(retried.rows);
+    claim
+}
+
 pub fn claim(store: &dyn Store, limit: usize) -> Vec<Claimed> {
-    let claim = store.claim(limit, usize::MAX, LEASE).unwrap();
+    let claim = claim_any(store, limit, usize::MAX, LEASE);
     assert_eq!(claim.unreadable, 0);
     claim.rows
 }
@@ -299,7 +314,7 @@ pub fn claim(store: &dyn Store, limit: usize) -> Vec<Claimed> {
 fn claim_when_due(store: &dyn Store, lease: Duration) -> Claimed {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        if let Some(row) = store.claim(1, usize::MAX, lease).unwrap().rows.pop() {
+        if let Some(row) = claim_any(store, 1, usize::MAX, lease).rows.pop() {
             return row;
         }
         assert!(Instant::now() < deadline, "no row became due");
@@ -466,7 +481,12 @@ fn a_claim_takes_no_more_bytes_than_asked_but_always_one_row(bench: &Bench) {
     let store = bench.open();
     let rows: Vec<_> = (0..5).map(|_| row(request(&[b'x'; 1000]))).collect();
     store.append(&rows).unwrap();
-    let claim = |limit, bytes_max| store.claim(limit, bytes_max, LEASE).unwrap().rows;
+    let claim = |limit, bytes_max| {
+        store
+            .claim(Class::Fresh, limit, bytes_max, LEASE)
+            .unwrap()
+            .rows
+    };
     assert_eq!(claim(0, usize::MAX).len(), 0);
     let first = claim(10, 1500);
     assert_eq!(first.len(), 2);
@@ -481,6 +501,31 @@ fn a_claim_takes_no_more_bytes_than_asked_but_always_one_row(bench: &Bench) {
         .map(|row| row.request.id)
         .collect();
     assert_eq!(ids.len(), 4);
+}
+
+fn classes_are_claimed_apart(bench: &Bench) {
+    let store = bench.open();
+    let rows: Vec<_> = (0..5)
+        .map(|attempt| NewRow {
+            attempt,
+            ..row(request(b"tried"))
+        })
+        .collect();
+    store.append(&rows).unwrap();
+    let claim = |class| {
+        let claim = store.claim(class, 10, usize::MAX, SHORT_LEASE).unwrap();
+        let mut attempts: Vec<_> = claim.rows.iter().map(|row| row.attempt).collect();
+        attempts.sort_unstable();
+        attempts
+    };
+    assert_eq!(claim(Class::Retried), [3, 4, 5]);
+    assert_eq!(claim(Class::Fresh), [1, 2]);
+    assert!(claim(Class::Retried).is_empty() && claim(Class::Fresh).is_empty());
+    // The attempt that was claimed has made one of them leave the first class.
+    std::thread::sleep(2 * SHORT_LEASE);
+    assert_eq!(claim(Class::Fresh), [2]);
+    assert_eq!(claim(Class::Retried), [3, 4, 5, 6]);
+    assert_eq!(store.sample().unwrap().leased, 5);
 }
 
 fn a_row_is_due_after_its_delay(bench: &Bench) {
@@ -853,7 +898,10 @@ fn extreme_times_do_no_harm(bench: &Bench) {
     }
     rows.push(due_in(Duration::MAX));
     store.append(&rows).unwrap();
-    let claimed = store.claim(10, usize::MAX, Duration::MAX).unwrap().rows;
+    let claimed = store
+        .claim(Class::Fresh, 10, usize::MAX, Duration::MAX)
+        .unwrap()
+        .rows;
     assert_eq!(claimed.len(), rows.len() - 1);
     assert!(store.sample().unwrap().oldest.is_some());
     let batch: Vec<Settlement> = claimed
@@ -915,7 +963,7 @@ fn unreadable_rows_are_buried_and_block_nobody(bench: &Bench) {
     }
     let (mut unreadable, mut read) = (0, Vec::new());
     for _ in 0..ids.len() {
-        let claim = store.claim(1, usize::MAX, LEASE).unwrap();
+        let claim = claim_any(&*store, 1, usize::MAX, LEASE);
         unreadable += claim.unreadable;
         read.extend(claim.rows);
     }

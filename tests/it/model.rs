@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use asyncproxy::queue::{Claimed, Decision, Fate, NewRow, Settled, Settlement, Store, StoreError};
+use asyncproxy::queue::{
+    Claimed, Class, Decision, Fate, NewRow, Settled, Settlement, Store, StoreError,
+};
 use asyncproxy::request::Request;
 use asyncproxy::settle::{Failure, Verdict};
 use proptest::collection::vec;
@@ -72,6 +74,7 @@ enum Operation {
     /// With one more row, which the store refuses.
     AppendRefused(Vec<Append>),
     Claim {
+        class: Class,
         limit: usize,
         bytes_max: usize,
     },
@@ -152,7 +155,12 @@ fn claim() -> impl Strategy<Value = Operation> {
     // As much as some bodies, or one byte more.
     let bytes = (0..3usize, 0..2usize).prop_map(|(bodies, more)| bodies * BODY.len() + more);
     let bytes_max = prop_oneof![2 => Just(usize::MAX), 1 => bytes];
-    (limit, bytes_max).prop_map(|(limit, bytes_max)| Operation::Claim { limit, bytes_max })
+    let class = prop_oneof![Just(Class::Fresh), Just(Class::Retried)];
+    (class, limit, bytes_max).prop_map(|(class, limit, bytes_max)| Operation::Claim {
+        class,
+        limit,
+        bytes_max,
+    })
 }
 
 fn settle() -> impl Strategy<Value = Settle> {
@@ -213,7 +221,11 @@ impl Pair<'_> {
                 rows.iter().for_each(|row| self.model.append(row));
             }
             Operation::AppendRefused(rows) => self.append_refused(rows)?,
-            Operation::Claim { limit, bytes_max } => self.claim(*limit, *bytes_max)?,
+            Operation::Claim {
+                class,
+                limit,
+                bytes_max,
+            } => self.claim(*class, *limit, *bytes_max)?,
             Operation::Settle(settlements) => {
                 let settlements: Vec<_> =
                     settlements.iter().map(|it| self.settlement(it)).collect();
@@ -300,12 +312,12 @@ impl Pair<'_> {
         }
     }
 
-    fn claim(&mut self, limit: usize, bytes_max: usize) -> TestCaseResult {
-        let mut due = self.model.due();
+    fn claim(&mut self, class: Class, limit: usize, bytes_max: usize) -> TestCaseResult {
+        let mut due = self.model.due(class);
         due.sort_by_key(|id| self.due_at[id]);
         let fitting = bytes_max.div_ceil(BODY.len()).max(1);
         due.truncate(limit.min(fitting));
-        let claim = self.store.claim(limit, bytes_max, LEASE).unwrap();
+        let claim = self.store.claim(class, limit, bytes_max, LEASE).unwrap();
         prop_assert_eq!((claim.rows.len(), claim.unreadable), (due.len(), 0));
         for claimed in &claim.rows {
             self.model.claim(claimed)?;
@@ -404,8 +416,9 @@ impl Model {
         });
     }
 
-    fn due(&self) -> Vec<Uuid> {
-        let due = self.rows.iter().filter(|(_, row)| row.is_due);
+    fn due(&self, class: Class) -> Vec<Uuid> {
+        let is_in = |row: &Row| row.is_due && Class::of(row.attempt + 1) == class;
+        let due = self.rows.iter().filter(|(_, row)| is_in(row));
         due.map(|(id, _)| *id).collect()
     }
 

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
 use asyncproxy::queue::postgres::PostgresStore;
-use asyncproxy::queue::{Claimed, Store, StoreError};
+use asyncproxy::queue::{Claimed, Class, Store, StoreError};
 
 use crate::contract::{
     LEASE, PATIENCE, TIMEOUT, append_one, claim, counts, delivered, request, row,
@@ -390,7 +390,7 @@ fn a_frozen_server_holds_up_nobody_and_no_row_is_left_leased() {
     relay.freeze(true);
     for _ in 0..4 {
         let started = Instant::now();
-        let result = store.claim(10, usize::MAX, LEASE);
+        let result = store.claim(Class::Fresh, 10, usize::MAX, LEASE);
         assert!(
             matches!(result, Err(StoreError::Unavailable(_))),
             "{result:?}"
@@ -416,7 +416,7 @@ fn a_frozen_server_holds_up_nobody_and_no_row_is_left_leased() {
     wait_until("the store to work", || store.sample().is_ok());
     let mut rows = Vec::new();
     wait_until("the rows to be claimed", || {
-        if let Ok(claim) = store.claim(10, usize::MAX, LEASE) {
+        if let Ok(claim) = store.claim(Class::Fresh, 10, usize::MAX, LEASE) {
             rows.extend(claim.rows);
         }
         rows.len() as u64 == before

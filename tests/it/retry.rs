@@ -240,3 +240,38 @@ fn requests_older_than_max_age_are_given_up() {
         "new ones are still taken"
     );
 }
+
+/// However many requests hang that have failed before, some workers are kept for others.
+fn requests_that_fail_again_and_again_do_not_keep_others_waiting(route: Route) {
+    const STUCK: usize = 40;
+    let mut destination = Destination::answering(|seen| match (seen.number(), seen.attempt()) {
+        (0..STUCK, 1 | 2) => Answer::status(500),
+        (0..STUCK, _) => Answer::hang(),
+        _ => Answer::ok(),
+    });
+    let setup = route
+        .to(&destination)
+        .set("queue.workers", 4)
+        .set("proxy.request_timeout", "10m")
+        .set("server.shutdown_timeout", "0s");
+    let proxy = setup.start();
+    proxy.accept(0..STUCK);
+    // Three of four workers hang, and as many rows wait behind them.
+    destination.wait_until(PATIENCE, "requests that hang", |seen| {
+        seen.iter().filter(|seen| seen.attempt() == 3).count() == 3
+    });
+    proxy.accept(STUCK..STUCK + 100);
+    destination.wait_until(PATIENCE, "all others", |seen| {
+        seen.iter().filter(|seen| seen.number() >= STUCK).count() == 100
+    });
+    let hanging = destination.seen();
+    let hanging = hanging.iter().filter(|seen| seen.attempt() == 3);
+    assert_eq!(hanging.count(), 3);
+    destination.refuse();
+    destination.answer(|_| Answer::ok());
+    destination.open();
+    metrics::assert_settled(&proxy, STUCK + 100);
+    proxy.stop();
+    assert_eq!(store::rows(&setup), 0);
+}
+on_routes!(requests_that_fail_again_and_again_do_not_keep_others_waiting: sqlite Sqlite, postgres Postgres);

@@ -1,5 +1,11 @@
 //! What the store asks of the server, apart from the schema.
 
+use super::super::ByClass;
+
+/// A statement for each class of rows. Not one with a parameter: only a condition that it can see
+/// makes the planner take the index of that class.
+type Statements = ByClass<&'static str>;
+
 /// The primary key finds ids that are there already, as in all statements by id.
 pub(super) const APPEND: &str = "
     INSERT INTO proxy_requests
@@ -24,18 +30,21 @@ pub(super) const APPEND_DEAD: &str = "
                    method, target, headers, body, leased)
         ON CONFLICT (id) DO NOTHING";
 
-/// Rows are found and ordered by `proxy_requests_due`, and updated where they were found. One
+/// Rows are found and ordered by the index of their class, and updated where they were found. One
 /// that another instance changes meanwhile is skipped. No count overflows.
 ///
 /// `$4`, if any, is where to begin: see [`Start`](super::start::Start).
 macro_rules! claim {
-    ($order:literal) => {
+    ($class:literal, $order:literal) => {
         concat!(
             "
     WITH due AS MATERIALIZED (
         SELECT ctid AS place, next_attempt_at AS due_at, octet_length(body) AS bytes
           FROM proxy_requests
          WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
+           AND ",
+            $class,
+            "
          ",
             $order,
             "
@@ -57,10 +66,16 @@ macro_rules! claim {
     };
 }
 
-pub(super) const CLAIM: &str = claim!("ORDER BY next_attempt_at");
+pub(super) const CLAIM: Statements = ByClass {
+    fresh: claim!("attempt <= 1", "ORDER BY next_attempt_at"),
+    retried: claim!("attempt > 1", "ORDER BY next_attempt_at"),
+};
 
 /// As it comes: the planner reads the table from its start.
-pub(super) const CLAIM_UNORDERED: &str = claim!("");
+pub(super) const CLAIM_UNORDERED: Statements = ByClass {
+    fresh: claim!("attempt <= 1", ""),
+    retried: claim!("attempt > 1", ""),
+};
 
 /// As `claim!`, but claims no more rows than `proxy_rate` has tokens, and takes those: `$5` come
 /// in a second, and as many fit. Nothing is locked or written while nothing is due.
@@ -77,7 +92,7 @@ pub(super) const CLAIM_UNORDERED: &str = claim!("");
 /// this statement began, only the former are kept while the row is looked at again. `is_only` is
 /// for the index, where a transaction that stayed open for long has left a large table behind.
 macro_rules! claim_by_tokens {
-    ($order:literal) => {
+    ($class:literal, $order:literal) => {
         concat!(
             "
     WITH waiting AS MATERIALIZED (
@@ -85,6 +100,9 @@ macro_rules! claim_by_tokens {
             SELECT true
               FROM proxy_requests
              WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
+               AND ",
+            $class,
+            "
              ",
             $order,
             "
@@ -112,6 +130,9 @@ macro_rules! claim_by_tokens {
             SELECT ctid AS place, next_attempt_at AS due_at, octet_length(body) AS bytes
               FROM proxy_requests
              WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
+               AND ",
+            $class,
+            "
              ",
             $order,
             "
@@ -149,9 +170,15 @@ macro_rules! claim_by_tokens {
     };
 }
 
-pub(super) const CLAIM_BY_TOKENS: &str = claim_by_tokens!("ORDER BY next_attempt_at");
+pub(super) const CLAIM_BY_TOKENS: Statements = ByClass {
+    fresh: claim_by_tokens!("attempt <= 1", "ORDER BY next_attempt_at"),
+    retried: claim_by_tokens!("attempt > 1", "ORDER BY next_attempt_at"),
+};
 
-pub(super) const CLAIM_BY_TOKENS_UNORDERED: &str = claim_by_tokens!("");
+pub(super) const CLAIM_BY_TOKENS_UNORDERED: Statements = ByClass {
+    fresh: claim_by_tokens!("attempt <= 1", ""),
+    retried: claim_by_tokens!("attempt > 1", ""),
+};
 
 /// Rows claimed by their tokens, in the columns of `CLAIM`. The primary key finds them.
 pub(super) const CLAIMED: &str = "
@@ -230,11 +257,23 @@ pub(super) const PURGE: &str = "
      USING fitting
      WHERE ctid = place AND bytes_before < $3";
 
-/// Served by `proxy_requests_due` alone where the table has been vacuumed, and the dead
-/// letters by one of theirs.
+/// Served by the two indexes alone where the table has been vacuumed, and the dead letters by one
+/// of theirs.
 pub(super) const SAMPLE: &str = "
-    SELECT count(*),
-           count(*) FILTER (WHERE leased AND next_attempt_at > now()),
+    SELECT sum(count)::bigint,
+           sum(leased)::bigint,
            (SELECT count(*) FROM proxy_dead_letters),
-           floor(extract(epoch FROM now() - min(received_at)) * 1000)::bigint
-      FROM proxy_requests";
+           floor(extract(epoch FROM now() - min(oldest)) * 1000)::bigint
+      FROM (
+        SELECT count(*) AS count,
+               count(*) FILTER (WHERE leased AND next_attempt_at > now()) AS leased,
+               min(received_at) AS oldest
+          FROM proxy_requests
+         WHERE attempt <= 1
+         UNION ALL
+        SELECT count(*),
+               count(*) FILTER (WHERE leased AND next_attempt_at > now()),
+               min(received_at)
+          FROM proxy_requests
+         WHERE attempt > 1
+      ) AS classes";

@@ -10,6 +10,7 @@ use ::postgres::types::Type;
 use ::postgres::{Client, Row};
 use uuid::Uuid;
 
+use super::super::Class;
 use super::Parameter;
 use super::connections::Fault;
 use super::statements::{CLAIM_BY_TOKENS, CLAIM_BY_TOKENS_UNORDERED, CLAIMED, RESTORE_RATE};
@@ -21,15 +22,16 @@ const TURN: Duration = Duration::from_millis(10);
 /// its columns, and how long nothing will come, if that is for want of tokens.
 pub(super) fn claim(
     client: &mut Client,
+    class: Class,
     is_ordered: bool,
     parameters: &[Parameter<'_>; 4],
     limit: i64,
     per_second: u32,
 ) -> Result<(Vec<Row>, Option<Duration>), Fault> {
     let statement = if is_ordered {
-        CLAIM_BY_TOKENS
+        CLAIM_BY_TOKENS.of(class)
     } else {
-        CLAIM_BY_TOKENS_UNORDERED
+        CLAIM_BY_TOKENS_UNORDERED.of(class)
     };
     let rate = f64::from(per_second);
     let [limit_parameter, lease, bytes_max, from] = parameters.clone();
