@@ -192,9 +192,10 @@ impl Writer {
 
     /// Commits rows to the store, or else to the spool.
     fn append(&self, rows: &[NewRow]) -> Committed {
-        let fault = match (&self.spool, self.health.fault()) {
-            (Some(_), Some(fault)) => fault,
-            _ => {
+        let fault = match self.health.fault() {
+            // Others have waited for it; the poller finds out when it works again.
+            Some(fault) => fault,
+            None => {
                 let result = self.store.append(rows);
                 match self.health.note("append", result, &self.metrics) {
                     Ok(()) => return Ok(Place::Store),
