@@ -24,7 +24,7 @@ const SENDERS: usize = 8;
 /// the channel.
 const IN_MEMORY_MAX: usize = 2 * 8;
 
-fn rng(what: &str) -> Rng {
+pub fn rng(what: &str) -> Rng {
     let seed = std::env::var("ASYNCPROXY_TEST_SEED").ok();
     let seed = seed.and_then(|seed| seed.parse().ok()).unwrap_or(1);
     eprintln!("{what}: ASYNCPROXY_TEST_SEED={seed}");

@@ -3,8 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use fastrand::Rng;
-
+use crate::kills::rng;
 use crate::support::dedicated::DedicatedCluster;
 use crate::support::destination::{Answer, Destination};
 use crate::support::http;
@@ -190,8 +189,8 @@ fn a_spool_that_does_not_work_is_as_none() {
 /// Killed while it fills the spool, or moves it, or has just begun to.
 #[test]
 fn killed_while_the_spool_is_moved() {
-    const ROUNDS: usize = 12;
-    let mut rng = Rng::with_seed(7);
+    const ROUNDS: usize = 20;
+    let mut rng = rng("Postgres with a spool");
     let ledger = Ledger::default();
     let destination = Destination::answering({
         let ledger = ledger.clone();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use asyncproxy::queue::Store;
 use asyncproxy::queue::sqlite::SqliteStore;
 
-use crate::contract::{TIMEOUT, append_one, claim, counts};
+use crate::contract::{TIMEOUT, append_one, claim, counts, delivered, request, row};
 use crate::support::destination::{Answer, Destination};
 use crate::support::proxy::PATIENCE;
 use crate::support::route::{Route, on_routes};
@@ -60,6 +60,27 @@ fn opening_anew_ends_no_lease() {
     other.execute_batch("ROLLBACK").unwrap();
     assert!(claim(&store, 10).is_empty());
     assert_eq!(counts(&store), (0, 1, 0));
+}
+
+/// What bounds a spool.
+#[test]
+fn a_file_of_limited_size_takes_what_fits_and_goes_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("queue.sqlite");
+    let store = open(&path).with_pages_max(64);
+    let large = || row(request(&[b'x'; 16 * 1024]));
+    let taken = (0..64)
+        .take_while(|_| store.append(&[large()]).is_ok())
+        .count();
+    assert!((5..16).contains(&taken), "{taken} of 16 KiB into 256 KiB");
+    let full = store.append(&[large()]).unwrap_err().to_string();
+    assert!(full.contains("full"), "{full}");
+    assert_eq!(counts(&store), (taken as u64, 0, 0));
+    // Room that is given back is used again.
+    let claimed = claim(&store, 2);
+    let settled = store.settle(&[delivered(&claimed[0]), delivered(&claimed[1])]);
+    assert_eq!(settled.unwrap().delivered, 2);
+    store.append(&[large()]).unwrap();
 }
 
 fn a_restart_after_a_crash_waits_for_no_lease(route: Route) {
