@@ -56,7 +56,8 @@ enum State {
     Open {
         probe_at: Instant,
         pause: Duration,
-        is_probing: bool,
+        /// A probe is under way, and is waited for until then.
+        probing_until: Option<Instant>,
         error: String,
     },
     Recovering {
@@ -86,15 +87,15 @@ impl Breaker {
     pub fn permit(&mut self, now: Instant) -> Permit {
         if let State::Open {
             probe_at,
-            is_probing,
+            probing_until,
             ..
         } = &mut self.state
         {
-            if *is_probing || now < *probe_at {
-                // While a probe is under way nobody knows how long it takes.
-                return Permit::Denied((*probe_at).max(now + PROBE_PAUSE_MIN));
+            let next = probing_until.unwrap_or(*probe_at);
+            if now < next {
+                return Permit::Denied(next);
             }
-            *is_probing = true;
+            *probing_until = Some(now + PROBE_PAUSE_MAX);
         }
         Permit::Granted(self.era)
     }
@@ -146,7 +147,7 @@ impl Breaker {
         self.enter(State::Open {
             probe_at: now + wait,
             pause,
-            is_probing: false,
+            probing_until: None,
             error,
         });
     }
@@ -176,12 +177,11 @@ impl Breaker {
         match &self.state {
             State::Open {
                 probe_at,
-                is_probing,
+                probing_until,
                 ..
-            } => match *is_probing {
-                true => Pace::Stopped(now + PROBE_PAUSE_MIN),
-                false if now < *probe_at => Pace::Stopped(*probe_at),
-                false => Pace::Probe,
+            } => match probing_until.unwrap_or(*probe_at) {
+                next if now < next => Pace::Stopped(next),
+                _ => Pace::Probe,
             },
             State::Recovering { since, .. } if !self.has_recovered(now) => {
                 let seconds = now.saturating_duration_since(*since).as_secs();
@@ -353,6 +353,22 @@ mod tests {
             assert!(matches!(breaker.pace(now), Pace::Stopped(_)));
             assert_eq!(breaker.note(era, &down(), now), Some(Change::ProbeFailed));
         }
+    }
+
+    #[test]
+    fn a_probe_that_hangs_is_not_waited_for_without_end() {
+        let now = Instant::now();
+        let mut breaker = opened(now);
+        let later = now + seconds(1);
+        let Permit::Granted(hanging) = breaker.permit(later) else {
+            panic!("no probe");
+        };
+        let next = later + PROBE_PAUSE_MAX;
+        assert_eq!(breaker.permit(later), Permit::Denied(next));
+        assert_eq!(breaker.pace(next), Pace::Probe);
+        let change = attempt(&mut breaker, &answered(200, None), next);
+        assert_eq!(change, Some(Change::Recovered));
+        assert_eq!(breaker.note(hanging, &down(), next), None);
     }
 
     #[test]

@@ -250,10 +250,11 @@ impl Worker {
 
     fn deliver_leased(&mut self, delivery: Delivery, send_until: Instant) {
         let delivery = self.slot.hold(delivery);
-        let is_late = Instant::now() > send_until;
-        let decision = match self.shared.destination.permit() {
-            Permit::Granted(era) if !is_late => Decision::Attempted(self.attempt(&delivery, era)),
-            _ => Decision::Release,
+        // Asked last: what is permitted may be a probe, which must be made.
+        let permit = (Instant::now() <= send_until).then(|| self.shared.destination.permit());
+        let decision = match permit {
+            Some(Permit::Granted(era)) => Decision::Attempted(self.attempt(&delivery, era)),
+            Some(Permit::Denied(_)) | None => Decision::Release,
         };
         if self.slot.take().is_some() {
             self.shared.settlements.send(delivery.settlement(decision));

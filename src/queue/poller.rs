@@ -234,15 +234,23 @@ impl Poller {
         let now = Instant::now();
         bucket.set_rate(self.rate(pace), now);
         match (pace, self.bytes_max()) {
-            // The probe is on its way, or what will make room.
-            (Pace::Probe, _) | (_, 0) if self.room.claimed() > 0 => 0,
+            // The probe is on its way.
+            (Pace::Probe, _) if self.has_unstarted() => 0,
             (Pace::Probe, _) => 1,
+            // What will make room is on its way.
+            (_, 0) if self.room.claimed() > 0 => 0,
             (Pace::Stopped(_), _) => 0,
             (Pace::Full | Pace::Share(_), _) => {
                 let tokens = bucket.available(now) as usize;
                 self.room.all.available().min(tokens).min(BATCH_ROWS_MAX)
             }
         }
+    }
+
+    /// Whether rows wait for a worker.
+    fn has_unstarted(&self) -> bool {
+        let ByClass { fresh, retried } = &self.deliveries;
+        !fresh.is_empty() || !retried.is_empty()
     }
 
     #[expect(
@@ -310,7 +318,9 @@ impl Poller {
             }
         }
         let fresh_limit = limit - looked.claimed;
-        let is_over = looked.held_back.is_some() || (looked.claimed > 0 && fresh_limit == 0);
+        let is_down = retried_limit > 0 && self.health.fault().is_some();
+        let is_filled = looked.claimed > 0 && fresh_limit == 0;
+        let is_over = looked.held_back.is_some() || is_filled || is_down;
         if is_over {
             return looked;
         }
