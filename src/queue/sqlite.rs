@@ -27,6 +27,9 @@ const READER_CACHE_KIB: i32 = 256;
 /// Pages after which the WAL is copied into the database, and bytes it is then cut back to.
 const WAL_PAGES: i32 = 4000;
 const WAL_BYTES_KEPT: i32 = 16 * 1024 * 1024;
+/// How often, and how soon again, the lock beside the file is tried.
+const LOCK_TRIES: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Served by the unique index on `id`, as all statements by id.
 macro_rules! insert {
@@ -299,10 +302,9 @@ impl SqliteStore {
         path.push("-lock");
         let path = PathBuf::from(path);
         let file = create_private(&path).and_then(|()| File::options().write(true).open(&path));
-        let locked = file.map(|file| file.try_lock().is_ok().then_some(file));
-        let Some(file) = locked
-            .map_err(|error| StoreError::Unavailable(format!("{}: {error}", path.display())))?
-        else {
+        let file =
+            file.map_err(|error| StoreError::Unavailable(format!("{}: {error}", path.display())))?;
+        let Some(file) = lock(file) else {
             log::warn!(path:% = path.display(); "another process uses this queue: its leases are left alone");
             *ownership = Ownership::Others;
             return Ok(());
@@ -655,6 +657,17 @@ fn read_new(row: &Row<'_>, is_dead: bool, now: i64) -> Result<NewRow, String> {
         attempt: claimed.attempt - 1,
         fate,
     })
+}
+
+/// Locks a file, if nobody has it locked. One who is just ending is waited for.
+fn lock(file: File) -> Option<File> {
+    for _ in 0..LOCK_TRIES {
+        if file.try_lock().is_ok() {
+            return Some(file);
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
+    None
 }
 
 /// Creates the file if it is not there, for the eyes of this user only: requests carry

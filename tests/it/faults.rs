@@ -78,7 +78,8 @@ fn a_shutdown_ends_in_time_though_the_store_stays_held_and_names_what_is_lost() 
     let destination = Destination::answering(|_| Answer::hang());
     let setup = Setup::new(&destination.url())
         .set("server.shutdown_timeout", "100ms")
-        .set("proxy.num_clients", 200)
+        // Room for all, however late the workers come.
+        .set("proxy.num_clients", 400)
         .set("db.timeout", "2s");
     let mut proxy = setup.start();
     proxy.accept(0..350);
