@@ -1,5 +1,6 @@
 //! `server.ack: stored`: answered once committed, sent all the same without waiting for a claim.
 
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
@@ -43,17 +44,25 @@ fn there_is_no_answer_before_the_commit() {
 }
 
 fn a_row_is_leased_when_its_answer_comes(route: Route) {
-    let mut destination = Destination::answering(|_| Answer::hang());
+    // The first attempts fail once what is in the store has been looked at.
+    let is_seen = Arc::new(Barrier::new(4));
+    let destination = Destination::answering({
+        let is_seen = Arc::clone(&is_seen);
+        move |seen| {
+            if seen.attempt() > 1 {
+                return Answer::ok();
+            }
+            is_seen.wait();
+            Answer::status(500)
+        }
+    });
     let setup = route.to(&destination).set("proxy.request_timeout", LONG);
     let proxy = setup.start();
     proxy.accept(0..3);
     assert_eq!((store::rows(&setup), store::leased(&setup)), (3, 3));
     let seen = destination.wait_for(3, PATIENCE);
     assert!(seen.iter().all(|seen| seen.attempt() == 1));
-    // The connections break, and each attempt has failed once.
-    destination.refuse();
-    destination.answer(|_| Answer::ok());
-    destination.open();
+    is_seen.wait();
     let seen = destination.wait_for(6, PATIENCE);
     assert!(seen[3..].iter().all(|seen| seen.attempt() == 2));
     let metrics = metrics::assert_settled(&proxy, 3);
