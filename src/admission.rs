@@ -6,10 +6,9 @@
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
-
 use crate::breaker::Destination;
 use crate::budget::Permit;
+use crate::direct::Sender;
 use crate::limiter::TokenBucket;
 use crate::logger::LogLimit;
 use crate::metrics::Metrics;
@@ -245,7 +244,7 @@ impl Admission {
         }
         // There is a place for it: at most, a worker has still to take the one before.
         if let Err(refused) = self.direct.send(delivery.stored(send_until)) {
-            let unsent = refused.into_inner().settlement(Decision::Release);
+            let unsent = refused.settlement(Decision::Release);
             committing.settlements.send(unsent);
             committing.places.leave();
         }
@@ -262,10 +261,9 @@ impl Admission {
     fn try_direct(&self, delivery: Delivery) -> Result<(), Delivery> {
         // Counted first: a worker may be through with it before we are back.
         self.metrics.in_flight.inc();
-        self.direct.try_send(delivery).map_err(|refused| {
-            self.metrics.in_flight.dec();
-            refused.into_inner()
-        })
+        self.direct
+            .try_send(delivery)
+            .inspect_err(|_| self.metrics.in_flight.dec())
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
+use prometheus::IntGauge;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use socket2::Socket;
@@ -20,6 +21,7 @@ use crate::config::{
 };
 use crate::control::{self, Control};
 use crate::descriptors;
+use crate::direct;
 use crate::drain::Drain;
 use crate::intake::{Intake, builtin, tiny_http};
 use crate::metrics::Metrics;
@@ -34,7 +36,7 @@ use crate::queue::writer::{Appender, Writer};
 use crate::queue::{ByClass, Store};
 use crate::thread::Threads;
 use crate::upstream::Upstream;
-use crate::worker::{Delivery, Places, Shared, Slot, Worker};
+use crate::worker::{Deliveries, Delivery, Places, Shared, Slot, Worker};
 
 /// Heads of requests to the control port, which has no bodies.
 const CONTROL_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -234,7 +236,7 @@ impl Running {
         }
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let places = Arc::new(Places::new(config.proxy.num_clients));
-        let (direct_sender, direct) = bounded(config.proxy.num_clients);
+        let (direct_sender, direct) = direct::bounded(config.proxy.num_clients);
         let (fresh_sender, fresh) = bounded(2 * config.queue.workers);
         let (retried_sender, retried) = bounded(2 * config.queue.workers);
         let claimed = ByClass { fresh, retried };
@@ -433,7 +435,7 @@ fn start_workers(
     threads: &Threads,
     config: &Config,
     shared: &Arc<Shared>,
-    direct: &Receiver<Delivery>,
+    direct: &direct::Receiver<Delivery>,
     claimed: &ByClass<Receiver<Delivery>>,
 ) -> Result<Vec<Arc<Slot>>, RunError> {
     let upstream = Upstream::new(
@@ -442,34 +444,37 @@ fn start_workers(
     );
     let mut slots = Vec::new();
     let reserved = poller::reserved(config.queue.workers);
-    let pools = [
-        (
-            "proxy",
-            config.proxy.num_clients,
-            direct,
+    let mut start_one = |name: String, deliveries, busy: &IntGauge| {
+        let slot = Arc::new(Slot::default());
+        let worker = Worker {
+            shared: Arc::clone(shared),
+            client: upstream.client(),
+            slot: Arc::clone(&slot),
+            deliveries,
+            busy: busy.clone(),
+        };
+        slots.push(slot);
+        spawn(threads, name, move || worker.run())
+    };
+    for number in 1..=config.proxy.num_clients {
+        let deliveries = Deliveries::Direct(direct.clone());
+        start_one(
+            format!("proxy-{number}"),
+            deliveries,
             &shared.metrics.busy_proxy,
-        ),
-        (
-            "queue",
-            config.queue.workers,
-            &claimed.fresh,
+        )?;
+    }
+    for number in 1..=config.queue.workers {
+        let deliveries = if number <= reserved {
+            Deliveries::Fresh(claimed.fresh.clone())
+        } else {
+            Deliveries::All(claimed.clone())
+        };
+        start_one(
+            format!("queue-{number}"),
+            deliveries,
             &shared.metrics.busy_queue,
-        ),
-    ];
-    for (pool, count, deliveries, busy) in pools {
-        for number in 1..=count {
-            let slot = Arc::new(Slot::default());
-            let worker = Worker {
-                shared: Arc::clone(shared),
-                client: upstream.client(),
-                slot: Arc::clone(&slot),
-                deliveries: deliveries.clone(),
-                retried: (pool == "queue" && number > reserved).then(|| claimed.retried.clone()),
-                busy: busy.clone(),
-            };
-            slots.push(slot);
-            spawn(threads, format!("{pool}-{number}"), move || worker.run())?;
-        }
+        )?;
     }
     Ok(slots)
 }
@@ -477,7 +482,7 @@ fn start_workers(
 fn new_intake(
     config: &Config,
     stage: &Stage,
-    direct: Sender<Delivery>,
+    direct: direct::Sender<Delivery>,
     appender: Appender,
     committing: Committing,
 ) -> Intake {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
+use crate::direct;
 use crate::metrics::Metrics;
 use crate::queue::poller::Room;
 use crate::queue::settler::Settlements;
@@ -38,7 +39,7 @@ pub struct Drain {
     pub room: Arc<Room>,
     pub places: Arc<Places>,
     pub settlements: Settlements,
-    pub direct: Receiver<Delivery>,
+    pub direct: direct::Receiver<Delivery>,
     pub claimed: ByClass<Receiver<Delivery>>,
     pub slots: Vec<Arc<Slot>>,
     /// Dropped to make workers wait for nothing any more.

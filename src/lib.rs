@@ -18,7 +18,7 @@
 //! 1. Pure, no I/O: [`request`], [`limiter`], [`settle`], [`breaker`].
 //! 2. The outside: [`queue`] (the [`queue::Store`] contract, its two stores, and the threads
 //!    that write, claim and settle), [`upstream`] (the destination).
-//! 3. The pipeline: [`admission`], [`worker`], [`intake`], [`control`], [`drain`].
+//! 3. The pipeline: [`admission`], [`direct`], [`worker`], [`intake`], [`control`], [`drain`].
 //! 4. What all use: [`metrics`], [`logger`], [`thread`], [`budget`], [`descriptors`].
 //! 5. The whole: [`config`], [`cli`], [`app`].
 //!
@@ -43,6 +43,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod descriptors;
+pub mod direct;
 pub mod drain;
 pub mod intake;
 pub mod limiter;

@@ -13,12 +13,13 @@ use prometheus::IntGauge;
 
 use crate::breaker::{Destination, Era, Permit};
 use crate::budget;
+use crate::direct;
 use crate::logger::LogLimit;
 use crate::metrics::{Busy, Metrics};
 use crate::queue::poller::Room;
 use crate::queue::settler::Settlements;
 use crate::queue::writer::Appender;
-use crate::queue::{Claimed, Class, Decision, Fate, NewRow, Settlement};
+use crate::queue::{ByClass, Claimed, Class, Decision, Fate, NewRow, Settlement};
 use crate::request::Request;
 use crate::settle::{Failure, RetryPolicy, Verdict};
 use crate::upstream::Client;
@@ -199,22 +200,43 @@ pub struct Shared {
     pub hurry: Receiver<()>,
 }
 
+/// Where a worker's deliveries come from.
+#[derive(Debug)]
+pub enum Deliveries {
+    Direct(direct::Receiver<Delivery>),
+    /// Of those reserved for fresh rows.
+    Fresh(Receiver<Delivery>),
+    All(ByClass<Receiver<Delivery>>),
+}
+
+impl Deliveries {
+    /// Waits for a delivery; `None` when there will be none.
+    fn next(&self) -> Option<Delivery> {
+        match self {
+            Deliveries::Direct(direct) => direct.recv(),
+            Deliveries::Fresh(fresh) => fresh.recv().ok(),
+            Deliveries::All(ByClass { fresh, retried }) => crossbeam_channel::select! {
+                recv(fresh) -> delivery => delivery.or_else(|_| retried.recv()).ok(),
+                recv(retried) -> delivery => delivery.or_else(|_| fresh.recv()).ok(),
+            },
+        }
+    }
+}
+
 /// One worker thread.
 #[derive(Debug)]
 pub struct Worker {
     pub shared: Arc<Shared>,
     pub client: Client,
     pub slot: Arc<Slot>,
-    pub deliveries: Receiver<Delivery>,
-    /// Taken from as well by those who are not reserved for fresh rows.
-    pub retried: Option<Receiver<Delivery>>,
+    pub deliveries: Deliveries,
     pub busy: IntGauge,
 }
 
 impl Worker {
     /// Runs until the channel of deliveries is closed and empty, or the program is about to end.
     pub fn run(mut self) {
-        while let Some(delivery) = self.next() {
+        while let Some(delivery) = self.deliveries.next() {
             let busy = self.busy.clone();
             let _busy = Busy::new(&busy);
             match delivery.origin {
@@ -233,18 +255,6 @@ impl Worker {
                     self.shared.room.leave(class);
                 }
             }
-        }
-    }
-
-    /// Waits for a delivery; `None` when there will be none.
-    fn next(&self) -> Option<Delivery> {
-        let fresh = &self.deliveries;
-        let Some(retried) = &self.retried else {
-            return fresh.recv().ok();
-        };
-        crossbeam_channel::select! {
-            recv(fresh) -> delivery => delivery.or_else(|_| retried.recv()).ok(),
-            recv(retried) -> delivery => delivery.or_else(|_| fresh.recv()).ok(),
         }
     }
 
