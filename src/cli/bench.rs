@@ -204,14 +204,14 @@ mod tests {
     fn all_options_are_understood() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("body");
-        let line = "bench --clients 3 --rate 0.5 --duration 1m30s --url=https://h:1/a/?b=/@ --body";
+        let line = "bench --clients 3 --rate 0.5 --duration 1m30s --url=http://h:1/a/?b=/@ --body";
         for body in ["", "{}"] {
             std::fs::write(&file, body).unwrap();
             let bench = parse_line(&format!("{line} {}", file.display())).unwrap();
             assert_eq!(bench.clients, 3);
             assert_eq!(bench.rate, Some(Rate::parse("0.5").unwrap()));
             assert_eq!(bench.duration, Duration::from_secs(90));
-            assert_eq!(bench.remote, RemoteUrl::parse("https://h:1").unwrap());
+            assert_eq!(bench.remote, RemoteUrl::parse("http://h:1").unwrap());
             assert_eq!(bench.request.target, "/a/?b=/@");
             assert_eq!(bench.request.body, body.as_bytes());
         }

@@ -267,3 +267,20 @@ fn write_over(line: &str) {
     // Nobody looks at it any more: go on.
     let _ = write!(stderr, "{line:PROGRESS_COLUMNS$}\r").and_then(|()| stderr.flush());
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_one_line_that_covers_the_one_before() {
+        let mut tally = Tally::new();
+        tally.sent = 1_234_567_890;
+        let line = progress_line(&tally, Duration::from_millis(99_999_900));
+        assert_eq!(
+            line,
+            "99999 s: sent 1234567890, answered 0, errors 0, 0 answers a second"
+        );
+        assert!(line.len() <= PROGRESS_COLUMNS);
+    }
+}
