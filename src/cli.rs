@@ -1,5 +1,6 @@
 //! The command line: what was asked for, and the text of `--help`.
 
+pub mod bench;
 pub mod sink;
 
 use std::ffi::OsString;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use lexopt::{Arg, Parser, ValueExt};
 
 use crate::config::{Bind, parse_duration};
+use bench::Bench;
 
 pub const HELP: &str = "\
 Answers HTTP requests at once and proxies each to its destination afterwards.
@@ -19,12 +21,21 @@ Usage:
   asyncproxy sink [--bind ADDR] [--status N] [--delay D]
                                               a destination for trying things out: prints
                                               what reaches it, answers N after D
+  asyncproxy bench --url URL [--clients N] [--rate R] [--duration D] [--body FILE]
+                                              a load generator: POSTs to URL for D, and
+                                              prints rate, errors and latencies
 
 Options:
   --config PATH    settings, in YAML                      [./config.yaml]
   --bind ADDR      host:port, or :port for all addresses  [:5000]
   --status N       status to answer with                  [200]
   --delay D        time before the answer: 500ms, 1m30s   [0s]
+  --url URL        where to send, with path and query
+  --clients N      connections, 1 to 10000                [64]
+  --rate R         requests a second over all clients, 0.001 to 1000000; latency counts
+                   from when a request was due            [each sends when it was answered]
+  --duration D     time in which requests are sent        [10s]
+  --body FILE      body of each request, at most 64MiB    [1024 times x]
   -h, --help       this text
   -V, --version    the version
 
@@ -32,7 +43,8 @@ Each setting can be given as an environment variable, too: server.bind as SERVER
 LOG_COLOR=false keeps colours out of the log.
 
 Exit status: 0 stopped, and nothing that was acknowledged is lost; 1 could not start or go on,
-or lost something; 2 wrong arguments or settings.
+or lost something; 2 wrong arguments or settings. bench: 0 each request that was due was sent
+and answered 2xx; 1 not so, or could not start.
 ";
 
 /// What the program is to do.
@@ -41,6 +53,7 @@ pub enum Command {
     Run(PathBuf),
     CheckConfig(PathBuf),
     Sink(Sink),
+    Bench(Box<Bench>),
     Help,
     Version,
 }
@@ -69,6 +82,9 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
             Arg::Long("version") | Arg::Short('V') => return Ok(Command::Version),
             Arg::Value(command) if command == "sink" && config.is_none() && !is_check => {
                 return parse_sink(&mut parser);
+            }
+            Arg::Value(command) if command == "bench" && config.is_none() && !is_check => {
+                return bench::parse(&mut parser);
             }
             other => return Err(unexpected(other)),
         }
@@ -152,6 +168,7 @@ mod tests {
             ),
             ("-h", Command::Help),
             ("sink --help", Command::Help),
+            ("bench --help", Command::Help),
             ("--version", Command::Version),
         ] {
             assert_eq!(parse_line(line), Ok(command), "{line}");
@@ -175,6 +192,7 @@ mod tests {
             ("sink --delay soon", "--delay"),
             ("sink --bind nowhere", "--bind"),
             ("--config a sink", "\"sink\""),
+            ("--check-config bench", "\"bench\""),
         ] {
             let error = parse_line(line).unwrap_err();
             assert!(error.contains(part), "{line}: {error}");

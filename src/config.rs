@@ -13,7 +13,7 @@ use std::time::Duration;
 pub use address::{Bind, RemoteUrl, shown_address};
 pub use database::Database;
 pub use raw::ConfigError;
-pub use values::duration as parse_duration;
+pub use values::{duration as parse_duration, positive_duration as parse_positive_duration};
 
 use crate::settle::RetryPolicy;
 use raw::Raw;

@@ -16,19 +16,7 @@ const TINY_HTTP_SENDERS: u64 = 1024;
 pub fn raise_limit(config: &Config) -> usize {
     let max_connections = config.server.max_connections;
     let needed = needed(config);
-    let limit = getrlimit(Resource::Nofile);
-    // `None` stands for no limit.
-    let Some(soft) = limit.current.filter(|soft| *soft < needed) else {
-        return max_connections;
-    };
-    let raised = Rlimit {
-        current: Some(needed.min(limit.maximum.unwrap_or(u64::MAX))),
-        maximum: limit.maximum,
-    };
-    if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        log::warn!(soft, needed, error:%; "cannot raise the limit of open files");
-    }
-    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let limit = raise_to(needed);
     if limit >= needed {
         return max_connections;
     }
@@ -39,6 +27,35 @@ pub fn raise_limit(config: &Config) -> usize {
     let connections = fitting.max(share).clamp(1, max_connections);
     log::warn!(limit, needed, connections; "the limit of open files (ulimit -Hn) is low: raise it, or lower server.max_connections, proxy.num_clients and queue.workers");
     connections
+}
+
+/// As [`raise_limit`], for a client with this many connections.
+///
+/// # Errors
+/// How many connections the hard limit leaves.
+pub fn raise_for_clients(connections: u64) -> Result<(), u64> {
+    let limit = raise_to(connections + OTHERS);
+    match limit >= connections + OTHERS {
+        true => Ok(()),
+        false => Err(limit.saturating_sub(OTHERS)),
+    }
+}
+
+/// Raises the soft limit to what is needed, or as far as it goes, and returns what it is then.
+fn raise_to(needed: u64) -> u64 {
+    let limit = getrlimit(Resource::Nofile);
+    // `None` stands for no limit.
+    let Some(soft) = limit.current.filter(|soft| *soft < needed) else {
+        return limit.current.unwrap_or(u64::MAX);
+    };
+    let raised = Rlimit {
+        current: Some(needed.min(limit.maximum.unwrap_or(u64::MAX))),
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        log::warn!(soft, needed, error:%; "cannot raise the limit of open files");
+    }
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
 fn needed(config: &Config) -> u64 {

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::exit;
 
+use asyncproxy::cli::bench::Bench;
 use asyncproxy::cli::{self, Command};
 use asyncproxy::config::Config;
 use asyncproxy::{app, logger};
@@ -25,6 +26,7 @@ fn main() {
             Ok(()) => 0,
             Err(error) => complain(format!("sink: {}: {error}", sink.bind), FAILED),
         },
+        Ok(Command::Bench(options)) => bench(*options),
     };
     // Not a return: workers may still wait for a destination, and need not be waited for.
     exit(status);
@@ -54,6 +56,19 @@ fn check_config(path: &Path) -> i32 {
             print(&config.effective())
         }
         Err(error) => complain(error, MISUSED),
+    }
+}
+
+fn bench(options: Bench) -> i32 {
+    if let Some(warning) = options.warning() {
+        complain(format!("warning: {warning}"), 0);
+    }
+    match cli::bench::run(options) {
+        Ok(report) => {
+            let printed = print(&report.to_string());
+            if report.is_success() { printed } else { FAILED }
+        }
+        Err(error) => complain(format!("bench: {error}"), FAILED),
     }
 }
 

@@ -151,7 +151,7 @@ thread_local! {
 
 /// A UUIDv7. Its random part need only be unique, not secret: asking the system for it would
 /// cost a call for each request.
-fn new_id(received_at: SystemTime) -> Uuid {
+pub fn new_id(received_at: SystemTime) -> Uuid {
     let since = received_at
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();

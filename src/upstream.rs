@@ -15,6 +15,7 @@ use http::{Method, Uri, Version, header};
 use ureq::unversioned::transport::{ConnectionDetails, Connector, TcpConnector};
 use ureq::{Agent, SendBody};
 use ureq_proto::client::header_raw;
+use uuid::Uuid;
 
 use crate::config::RemoteUrl;
 use crate::request::{ATTEMPT_HEADER, ID_HEADER, Request};
@@ -125,15 +126,20 @@ pub struct Client {
 impl Client {
     /// Makes attempt number `attempt` (from 1) and tells how it ended.
     pub fn send(&mut self, request: &Request, attempt: u32) -> Outcome {
+        self.send_as(request.id, request, attempt)
+    }
+
+    /// As [`Client::send`], under another id: so that many can share one request and its body.
+    pub fn send_as(&mut self, id: Uuid, request: &Request, attempt: u32) -> Outcome {
         let started = Instant::now();
         let opened_before = self.opened.load(Ordering::Relaxed);
-        let mut result = self.try_send(request, attempt);
+        let mut result = self.try_send(id, request, attempt);
         let reused = self.opened.load(Ordering::Relaxed) == opened_before;
         let is_stale = reused && started.elapsed() < STALE_FAILS_IN;
         if is_stale && result.as_ref().is_err_and(is_closed_by_peer) {
             // The destination closed the connection while it was idle: this says nothing
             // about the request, which is sent again on a new one.
-            result = self.try_send(request, attempt);
+            result = self.try_send(id, request, attempt);
         }
         match result {
             Ok(outcome) => outcome,
@@ -144,7 +150,12 @@ impl Client {
         }
     }
 
-    fn try_send(&mut self, request: &Request, attempt: u32) -> Result<Outcome, ureq::Error> {
+    fn try_send(
+        &mut self,
+        id: Uuid,
+        request: &Request,
+        attempt: u32,
+    ) -> Result<Outcome, ureq::Error> {
         let uri = self.upstream.uri(&request.target)?;
         let head = http::request::Builder::new()
             .method(Method::from_bytes(request.method.as_bytes()).map_err(http::Error::from)?)
@@ -155,7 +166,7 @@ impl Client {
             longest_field = longest_field.max(name.len() + value.len());
             header_raw(head, name, value)
         });
-        head = header_raw(head, ID_HEADER, request.id.to_string().as_bytes());
+        head = header_raw(head, ID_HEADER, id.to_string().as_bytes());
         head = header_raw(head, ATTEMPT_HEADER, attempt.to_string().as_bytes());
         let line_bytes = request.target.len() + self.upstream.remote.path_prefix.len();
         let agent = self.agent(longest_field.max(line_bytes) + LINE_SLACK_BYTES);

@@ -54,7 +54,7 @@ fn sum_of_parts(mut text: &str) -> Option<Duration> {
 ///
 /// # Errors
 /// What it must be.
-pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
+pub fn positive_duration(text: &str) -> Result<Duration, String> {
     // Below a millisecond, a timeout of the system's may be rounded to none at all.
     duration(text)
         .ok()

@@ -44,7 +44,12 @@ fn version_and_help() {
     for flag in ["--version", "-V"] {
         assert_eq!(run(&setup, &[flag]), (0, version.clone(), String::new()));
     }
-    for arguments in [&["--help"][..], &["-h"], &["sink", "--help"]] {
+    for arguments in [
+        &["--help"][..],
+        &["-h"],
+        &["sink", "--help"],
+        &["bench", "--help"],
+    ] {
         let (status, stdout, stderr) = run(&setup, arguments);
         assert_eq!((status, &*stderr), (0, ""));
         for word in [
@@ -56,6 +61,12 @@ fn version_and_help() {
             "--bind",
             "--status",
             "--delay",
+            "bench",
+            "--url",
+            "--clients",
+            "--rate",
+            "--duration",
+            "--body",
         ] {
             assert!(stdout.contains(word), "{word}: {stdout}");
         }
@@ -75,6 +86,16 @@ fn wrong_arguments_are_named() {
         (&["sink", "--delay", "soon"], "--delay"),
         (&["sink", "--bind", "nowhere"], "--bind"),
         (&["sink", "--config", "a"], "--config"),
+        (&["bench"], "--url"),
+        (&["bench", "--url", "localhost:8080"], "--url"),
+        (&["bench", "--clients", "0"], "--clients"),
+        (&["bench", "--rate", "1e18"], "--rate"),
+        (&["bench", "--duration", "0s"], "--duration"),
+        (
+            &["bench", "--url", "http://h", "--body", "\u{1b}"],
+            "--body",
+        ),
+        (&["bench", "--config", "a"], "--config"),
         (&["--check-config=yes"], "--check-config"),
         (&["\u{1b}[2J"], "[2J"),
     ] {
