@@ -4,6 +4,7 @@
 //! needed. Retries nothing, but for a kept-alive connection that turns out to be closed.
 
 mod resolver;
+mod transport;
 
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -12,7 +13,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use http::uri::{PathAndQuery, Scheme};
 use http::{Method, Uri, Version, header};
-use ureq::unversioned::transport::{ConnectionDetails, Connector, TcpConnector};
+#[cfg(feature = "tls")]
+use ureq::unversioned::transport::Connector;
 use ureq::{Agent, SendBody};
 use ureq_proto::client::header_raw;
 use uuid::Uuid;
@@ -21,6 +23,7 @@ use crate::config::RemoteUrl;
 use crate::request::{ATTEMPT_HEADER, ID_HEADER, Request};
 use crate::settle::Outcome;
 use resolver::CachingResolver;
+use transport::{Pool, Tcp};
 
 /// A destination that does not accept a connection in this time is down.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -44,6 +47,7 @@ pub struct Upstream {
     remote: RemoteUrl,
     request_timeout: Duration,
     resolver: CachingResolver,
+    buffers: Arc<Pool>,
 }
 
 impl Upstream {
@@ -51,6 +55,7 @@ impl Upstream {
     pub fn new(remote: RemoteUrl, request_timeout: Duration) -> Upstream {
         Upstream {
             resolver: CachingResolver::new(&remote.authority),
+            buffers: Pool::new(BUFFER_BYTES, BUFFER_BYTES),
             remote,
             request_timeout,
         }
@@ -95,7 +100,15 @@ impl Upstream {
             .max_idle_connections(1)
             .max_idle_connections_per_host(1)
             .max_idle_age(IDLE_MAX);
-        let tcp = CountOpened(TcpConnector::default(), Arc::clone(opened));
+        let pool = if buffer_bytes == BUFFER_BYTES {
+            Arc::clone(&self.buffers)
+        } else {
+            Pool::new(BUFFER_BYTES, buffer_bytes)
+        };
+        let tcp = Tcp {
+            pool,
+            opened: Arc::clone(opened),
+        };
         let resolver = self.resolver.clone();
         #[cfg(feature = "tls")]
         if self.remote.scheme == Scheme::HTTPS {
@@ -233,23 +246,6 @@ fn describe(error: &ureq::Error) -> String {
         ureq::Error::Io(error) => error.to_string(),
         ureq::Error::Timeout(timeout) => format!("timeout: {timeout}"),
         other => other.to_string(),
-    }
-}
-
-/// Opens TCP connections and counts them.
-#[derive(Debug)]
-struct CountOpened(TcpConnector, Arc<AtomicU64>);
-
-impl Connector for CountOpened {
-    type Out = <TcpConnector as Connector>::Out;
-
-    fn connect(
-        &self,
-        details: &ConnectionDetails,
-        chained: Option<()>,
-    ) -> Result<Option<Self::Out>, ureq::Error> {
-        self.1.fetch_add(1, Ordering::Relaxed);
-        self.0.connect(details, chained)
     }
 }
 
