@@ -36,7 +36,7 @@ use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput
 
 use bare::{CLAIM_ROWS, Database};
 use figures::Figures;
-use queue::{Body, Kind, Queue, TIMEOUT, settlements};
+use queue::{Body, Disk, Kind, Queue, TIMEOUT, settlements};
 
 /// What is compared with a bare loop.
 const APPEND_ROWS: u64 = 200;
@@ -96,15 +96,20 @@ fn main() {
     let mut figures = Figures::default();
     let bodies = [Body::new("2KB", 2000), Body::new("8.9KB", 8900)];
     let directory = queue::choose_directory();
-    for kind in queue::installed() {
-        let queue = OnceCell::new();
-        let open = || queue.get_or_init(|| Queue::open(kind, &directory, waiting));
-        for body in &bodies {
-            for (name, whats) in GROUPS {
+    let disk = Disk::open(&directory);
+    let queues: Vec<_> = queue::installed()
+        .into_iter()
+        .map(|kind| (kind, OnceCell::new()))
+        .collect();
+    for body in &bodies {
+        for (name, whats) in GROUPS {
+            // One store right after the other: a shared disk may be slower a minute later.
+            for (kind, queue) in &queues {
+                let open = || queue.get_or_init(|| Queue::open(*kind, &directory, waiting));
                 let name = format!("{kind}/{name}/{}", body.name);
                 let mut group = criterion.benchmark_group(name);
-                for what in whats.iter().filter(|what| what.is_there(kind)) {
-                    measure(&mut group, &mut figures, *what, body, &open);
+                for what in whats.iter().filter(|what| what.is_there(*kind)) {
+                    measure(&mut group, &mut figures, (*what, body), &open, &disk);
                 }
             }
         }
@@ -118,9 +123,9 @@ fn main() {
 fn measure<'a>(
     group: &mut BenchmarkGroup<'_, WallTime>,
     figures: &mut Figures,
-    what: What,
-    body: &Body,
+    (what, body): (What, &Body),
     open: &dyn Fn() -> &'a Queue,
+    disk: &Disk,
 ) {
     group
         .throughput(Throughput::Elements(what.rows()))
@@ -135,9 +140,21 @@ fn measure<'a>(
             // Before the clock runs that tells criterion how much it can measure in the time.
             queue.fill(body);
         }
+        figures.add_sync(disk.sync());
         bencher.iter_custom(|times| {
             let took = run(what, queue, body, times);
-            figures.add(queue.kind, what, body.name, what.rows() * times, took);
+            let name = (queue.kind, what, body.name);
+            figures.add(name, what.rows() * times, took);
+            if let Some(ours) = what.ours() {
+                let took_ours = run(ours, queue, body, times);
+                // Takes the place of what was measured a while ago.
+                figures.add(
+                    (queue.kind, ours, body.name),
+                    what.rows() * times,
+                    took_ours,
+                );
+                figures.compare(name, took_ours, took);
+            }
             took
         });
     });
@@ -164,6 +181,15 @@ impl What {
 
     fn needs_rows(self) -> bool {
         !matches!(self, What::Append(_) | What::Senders(_) | What::BareAppend)
+    }
+
+    /// What a bare loop is compared with, in turns.
+    fn ours(self) -> Option<What> {
+        match self {
+            What::BareAppend => Some(What::Append(APPEND_ROWS)),
+            What::BareClaimSettle => Some(What::ClaimSettle),
+            _ => None,
+        }
     }
 
     fn is_there(self, kind: Kind) -> bool {

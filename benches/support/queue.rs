@@ -2,9 +2,11 @@
 
 use std::cell::{Cell, RefCell, RefMut};
 use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use asyncproxy::queue::postgres::PostgresStore;
 use asyncproxy::queue::sqlite::SqliteStore;
@@ -27,7 +29,7 @@ const LEASE: Duration = Duration::from_secs(3600);
 /// In the table, however many are appended: some 180 MB.
 const ROWS_MAX: u64 = 20_000;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     Sqlite,
     Postgres,
@@ -62,6 +64,23 @@ pub fn choose_directory() -> PathBuf {
     tempfile::env::override_temp_dir(&directory).unwrap();
     eprintln!("the stores are in {}", directory.display());
     directory
+}
+
+/// The disk without any store.
+pub struct Disk(File);
+
+impl Disk {
+    pub fn open(directory: &Path) -> Disk {
+        Disk(tempfile::tempfile_in(directory).unwrap())
+    }
+
+    /// The time it takes to have a page on it, as for a commit.
+    pub fn sync(&self) -> Duration {
+        let started = Instant::now();
+        self.0.write_all_at(&[1; 8192], 0).unwrap();
+        self.0.sync_data().unwrap();
+        started.elapsed()
+    }
 }
 
 /// What the rows carry.
