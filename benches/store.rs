@@ -97,7 +97,7 @@ fn main() {
     let bodies = [Body::new("2KB", 2000), Body::new("8.9KB", 8900)];
     let directory = queue::choose_directory();
     let disk = Disk::open(&directory);
-    let queues: Vec<_> = queue::installed()
+    let queues: Vec<_> = queue::installed(&directory)
         .into_iter()
         .map(|kind| (kind, OnceCell::new()))
         .collect();

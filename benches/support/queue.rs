@@ -45,14 +45,20 @@ impl fmt::Display for Kind {
 }
 
 /// The stores that can be measured here; says which one cannot.
-pub fn installed() -> Vec<Kind> {
-    let mut kinds = vec![Kind::Sqlite];
-    if cluster::find_server_program("initdb").is_some() {
-        kinds.push(Kind::Postgres);
-    } else {
+pub fn installed(directory: &Path) -> Vec<Kind> {
+    let can_enter = || cluster::run_until_we_end(r#"cd "$0""#, &[directory]).wait();
+    if cluster::find_server_program("initdb").is_none() {
         eprintln!("postgres is left out: no initdb on this machine (install postgresql)");
+    } else if !can_enter().unwrap().success() {
+        // Run by root, the server has another account.
+        eprintln!(
+            "postgres is left out: its account cannot enter {} (STORE_BENCH_DIR names another)",
+            directory.display()
+        );
+    } else {
+        return vec![Kind::Sqlite, Kind::Postgres];
     }
-    kinds
+    vec![Kind::Sqlite]
 }
 
 /// Where both stores keep their files: on a disk, unless the user says otherwise.
