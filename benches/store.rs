@@ -21,6 +21,8 @@ mod cluster;
 mod figures;
 #[path = "support/queue.rs"]
 mod queue;
+#[path = "support/rows.rs"]
+mod rows;
 
 use std::cell::OnceCell;
 use std::sync::{Arc, Barrier};
@@ -36,7 +38,8 @@ use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput
 
 use bare::{CLAIM_ROWS, Database};
 use figures::Figures;
-use queue::{Body, Disk, Kind, Queue, TIMEOUT, settlements};
+use queue::{Disk, Kind, Queue, TIMEOUT, settlements};
+use rows::Body;
 
 /// What is compared with a bare loop.
 const APPEND_ROWS: u64 = 200;

@@ -7,10 +7,7 @@ use std::time::SystemTime;
 use asyncproxy::queue::NewRow;
 use postgres::{Client, Row, Statement};
 use rusqlite::{Connection, TransactionBehavior, params};
-use tempfile::TempDir;
 use uuid::Uuid;
-
-use crate::cluster::TestDb;
 
 /// In one bare claim.
 pub const CLAIM_ROWS: u64 = 100;
@@ -43,10 +40,7 @@ const POSTGRES_DELETE: &str = "DELETE FROM proxy_requests WHERE id = ANY($1)";
 
 /// A database that a store has given its schema.
 pub enum Database {
-    Sqlite {
-        connection: Connection,
-        _kept: TempDir,
-    },
+    Sqlite(Connection),
     Postgres(Box<Bare>),
 }
 
@@ -56,11 +50,10 @@ pub struct Bare {
     append: Statement,
     claim: Statement,
     delete: Statement,
-    _kept: TestDb,
 }
 
 impl Database {
-    pub fn sqlite(path: &Path, kept: TempDir) -> Database {
+    pub fn sqlite(path: &Path) -> Database {
         let connection = Connection::open(path).unwrap();
         for (name, value) in [("journal_mode", "WAL"), ("synchronous", "FULL")] {
             connection.pragma_update(None, name, value).unwrap();
@@ -69,27 +62,22 @@ impl Database {
         connection
             .pragma_update(None, "wal_autocheckpoint", 4000)
             .unwrap();
-        Database::Sqlite {
-            connection,
-            _kept: kept,
-        }
+        Database::Sqlite(connection)
     }
 
-    pub fn postgres(database: TestDb) -> Database {
-        let mut client = database.client();
+    pub fn postgres(mut client: Client) -> Database {
         Database::Postgres(Box::new(Bare {
             append: client.prepare(POSTGRES_APPEND).unwrap(),
             claim: client.prepare(POSTGRES_CLAIM).unwrap(),
             delete: client.prepare(POSTGRES_DELETE).unwrap(),
             client,
-            _kept: database,
         }))
     }
 
     /// In one transaction.
     pub fn append(&mut self, rows: &[NewRow]) {
         match self {
-            Database::Sqlite { connection, .. } => append(connection, rows),
+            Database::Sqlite(connection) => append(connection, rows),
             Database::Postgres(bare) => bare.append(rows),
         }
     }
@@ -97,7 +85,7 @@ impl Database {
     /// Removes all rows.
     pub fn clear(&mut self) {
         match self {
-            Database::Sqlite { connection, .. } => connection
+            Database::Sqlite(connection) => connection
                 .execute_batch("DELETE FROM proxy_requests")
                 .unwrap(),
             Database::Postgres(bare) => bare.run("TRUNCATE proxy_requests"),
@@ -114,7 +102,7 @@ impl Database {
     /// Writes what was changed to its place, or whatever is measured next would pay for it.
     pub fn flush(&mut self) {
         match self {
-            Database::Sqlite { connection, .. } => connection
+            Database::Sqlite(connection) => connection
                 .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
                 .unwrap(),
             Database::Postgres(bare) => bare.run("CHECKPOINT"),
@@ -162,11 +150,12 @@ impl Bare {
         assert_eq!(appended, rows.len() as u64);
     }
 
+    /// As many as there are, up to `CLAIM_ROWS`.
     pub fn claim_and_delete(&mut self) -> Vec<Row> {
         let claimed = self.client.query(&self.claim, &[]).unwrap();
         let ids: Vec<Uuid> = claimed.iter().map(|row| row.get("id")).collect();
         let deleted = self.client.execute(&self.delete, &[&ids]).unwrap();
-        assert_eq!(deleted, CLAIM_ROWS, "enough rows wait");
+        assert_eq!(deleted, ids.len() as u64);
         claimed
     }
 }

@@ -1,25 +1,24 @@
 //! A queue to measure on, and what fills and empties it while nothing is measured.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell, RefMut};
 use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use asyncproxy::queue::postgres::PostgresStore;
 use asyncproxy::queue::sqlite::SqliteStore;
 use asyncproxy::queue::{
-    BATCH_BYTES_MAX, BATCH_ROWS_MAX, Claimed, Class, Decision, Fate, NewRow, Settled, Settlement,
-    Store,
+    BATCH_BYTES_MAX, BATCH_ROWS_MAX, Claimed, Class, Decision, Settled, Settlement, Store,
 };
-use asyncproxy::request::{Headers, Request};
 use asyncproxy::settle::Verdict;
-use uuid::Uuid;
 
 use crate::bare::Database;
 use crate::cluster;
+use crate::rows::Body;
 
 pub const TIMEOUT: Duration = Duration::from_secs(30);
 /// As in the program, where the writer has one of them at most.
@@ -89,53 +88,6 @@ impl Disk {
     }
 }
 
-/// What the rows carry.
-pub struct Body {
-    pub name: &'static str,
-    bytes: Vec<u8>,
-}
-
-impl Body {
-    pub fn new(name: &'static str, bytes: usize) -> Body {
-        // Neither the file system nor the server can make it smaller.
-        let bytes = std::iter::repeat_with(|| fastrand::u8(..)).take(bytes);
-        let bytes = bytes.collect();
-        Body { name, bytes }
-    }
-
-    /// New rows that are due at once.
-    pub fn rows(&self, count: u64) -> Vec<NewRow> {
-        (0..count).map(|_| self.row()).collect()
-    }
-
-    fn row(&self) -> NewRow {
-        let mut headers = Headers::default();
-        for (name, value) in [
-            ("Content-Type", "application/json"),
-            ("User-Agent", "sender/1.0"),
-            ("X-Forwarded-For", "192.0.2.1"),
-        ] {
-            headers.push(name, value.as_bytes()).unwrap();
-        }
-        let request = Request {
-            id: Uuid::now_v7(),
-            received_at: SystemTime::now(),
-            method: "POST".into(),
-            target: "/hook?source=bench".into(),
-            headers,
-            body: self.bytes.clone(),
-        };
-        NewRow {
-            request: Arc::new(request),
-            attempt: 0,
-            fate: Fate::Due {
-                after: Duration::ZERO,
-                failure: None,
-            },
-        }
-    }
-}
-
 /// All delivered.
 pub fn settlements(claimed: &[Claimed]) -> Vec<Settlement> {
     decide(claimed, &Decision::Attempted(Verdict::Delivered))
@@ -155,6 +107,8 @@ pub struct Queue {
     pub kind: Kind,
     pub store: Arc<dyn Store>,
     database: RefCell<Database>,
+    /// The files, for as long as they are needed.
+    _kept: Box<dyn Any>,
     /// Rows that wait while something is claimed.
     waiting: u64,
     /// Rows in the table, and the name of their body if exactly `waiting` have it.
@@ -166,27 +120,37 @@ pub struct Queue {
 
 impl Queue {
     pub fn open(kind: Kind, directory: &Path, waiting: u64) -> Queue {
-        let (store, database): (Arc<dyn Store>, _) = match kind {
+        let (store, database, kept): (Arc<dyn Store>, _, Box<dyn Any>) = match kind {
             Kind::Sqlite => {
                 let directory = tempfile::tempdir_in(directory).unwrap();
                 let path = directory.path().join("queue.sqlite");
                 let store = SqliteStore::new(path.clone(), true, TIMEOUT);
                 // The first to come creates the schema.
                 store.sample().unwrap();
-                (Arc::new(store), Database::sqlite(&path, directory))
+                (
+                    Arc::new(store),
+                    Database::sqlite(&path),
+                    Box::new(directory),
+                )
             }
             Kind::Postgres => {
                 let database = cluster::cluster().database();
                 let config = database.keywords().parse().unwrap();
                 let store = PostgresStore::new(config, CONNECTIONS, true, TIMEOUT);
                 store.sample().unwrap();
-                (Arc::new(store), Database::postgres(database))
+                let client = database.client();
+                (
+                    Arc::new(store),
+                    Database::postgres(client),
+                    Box::new(database),
+                )
             }
         };
         Queue {
             kind,
             store,
             database: RefCell::new(database),
+            _kept: kept,
             waiting,
             held: Cell::new(0),
             filled: Cell::new(None),
