@@ -181,8 +181,13 @@ pub(super) fn server_command(program: &str) -> Command {
     command
 }
 
-/// Debian keeps the server's programs off the PATH.
 fn server_program(name: &str) -> PathBuf {
+    find_server_program(name)
+        .unwrap_or_else(|| panic!("no {name}: install postgresql (tests/run.sh does)"))
+}
+
+/// Debian keeps the server's programs off the PATH.
+pub fn find_server_program(name: &str) -> Option<PathBuf> {
     let asked = Command::new("pg_config").arg("--bindir").output();
     let asked = asked.ok().filter(|output| output.status.success());
     let configured = asked.map(|output| {
@@ -198,7 +203,6 @@ fn server_program(name: &str) -> PathBuf {
         .chain(std::env::split_paths(&path))
         .map(|directory| directory.join(name))
         .find(|program| program.exists())
-        .unwrap_or_else(|| panic!("no {name}: install postgresql (tests/run.sh does)"))
 }
 
 /// Postgres refuses to run as root: then it runs as the account its package made.
