@@ -30,7 +30,7 @@ const THREADS: usize = 64;
 struct Way {
     name: &'static str,
     settings: &'static [(&'static str, &'static str)],
-    /// Requests under way at most: those that may go direct have a place in the channel.
+    /// Requests under way at most: for those that go direct, the channel is half full then.
     window: usize,
 }
 
@@ -38,12 +38,12 @@ const WAYS: [Way; 3] = [
     Way {
         name: "direct",
         settings: &[("server.enqueue_enabled", "false")],
-        window: 2 * THREADS,
+        window: THREADS + THREADS / 2,
     },
     Way {
         name: "ack_stored",
         settings: &[("server.ack", "stored"), ("server.enqueue_rate", "1000000")],
-        window: 2 * THREADS,
+        window: THREADS + THREADS / 2,
     },
     Way {
         name: "queued",
