@@ -11,7 +11,7 @@ fn main() {
         .filter(|argument| argument != "--bench")
         .collect();
     if let [acceptor, bind] = arguments.as_slice() {
-        support::serve(acceptor, bind);
+        support::discard::serve(acceptor, bind);
         loop {
             std::thread::park();
         }

@@ -20,7 +20,7 @@ const CONNECTIONS: [u64; 4] = [1, 16, 64, 256];
 const BODIES: [(&str, usize); 2] = [("small", 100), ("8.9KB", 8900)];
 
 fn intake(criterion: &mut Criterion) {
-    for acceptor in support::ACCEPTORS {
+    for acceptor in support::discard::ACCEPTORS {
         for (mode, is_kept) in [("keep-alive", true), ("close", false)] {
             for (size, bytes) in BODIES {
                 let mut group = criterion.benchmark_group(format!("{acceptor}/{mode}/{size}"));
@@ -31,7 +31,7 @@ fn intake(criterion: &mut Criterion) {
                     .measurement_time(Duration::from_secs(1));
                 for connections in CONNECTIONS {
                     // A server of its own: tiny_http keeps threads for connections that are gone.
-                    let address = support::serve(acceptor, "127.0.0.1:0");
+                    let address = support::discard::serve(acceptor, "127.0.0.1:0");
                     let id = BenchmarkId::from_parameter(connections);
                     group.bench_function(id, |bencher| {
                         bencher.iter_custom(|requests| {

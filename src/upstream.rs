@@ -15,7 +15,7 @@ use http::uri::{PathAndQuery, Scheme};
 use http::{Method, Uri, Version, header};
 #[cfg(feature = "tls")]
 use ureq::unversioned::transport::Connector;
-use ureq::{Agent, SendBody};
+use ureq::{Agent, AsSendBody, SendBody};
 use ureq_proto::client::header_raw;
 use uuid::Uuid;
 
@@ -82,6 +82,30 @@ impl Upstream {
         Ok(Uri::from_parts(parts)?)
     }
 
+    /// Out of line, as the next: what they take of the stack, all workers that wait for an answer
+    /// would have as well. Returns the length of the longest line, too.
+    #[inline(never)]
+    fn head(
+        &self,
+        id: Uuid,
+        request: &Request,
+        attempt: u32,
+    ) -> Result<(http::request::Builder, usize), http::Error> {
+        let head = http::request::Builder::new()
+            .method(Method::from_bytes(request.method.as_bytes())?)
+            .uri(self.uri(&request.target)?)
+            .version(Version::HTTP_11);
+        let mut longest = request.target.len() + self.remote.path_prefix.len();
+        let mut head = request.headers.iter().fold(head, |head, (name, value)| {
+            longest = longest.max(name.len() + value.len());
+            header_raw(head, name, value)
+        });
+        head = header_raw(head, ID_HEADER, id.to_string().as_bytes());
+        head = header_raw(head, ATTEMPT_HEADER, attempt.to_string().as_bytes());
+        Ok((head, longest))
+    }
+
+    #[inline(never)]
     fn agent(&self, buffer_bytes: usize, opened: &Arc<AtomicU64>) -> Agent {
         let config = Agent::config_builder()
             .timeout_global(Some(self.request_timeout))
@@ -169,26 +193,13 @@ impl Client {
         request: &Request,
         attempt: u32,
     ) -> Result<Outcome, ureq::Error> {
-        let uri = self.upstream.uri(&request.target)?;
-        let head = http::request::Builder::new()
-            .method(Method::from_bytes(request.method.as_bytes()).map_err(http::Error::from)?)
-            .uri(uri)
-            .version(Version::HTTP_11);
-        let mut longest_field = 0;
-        let mut head = request.headers.iter().fold(head, |head, (name, value)| {
-            longest_field = longest_field.max(name.len() + value.len());
-            header_raw(head, name, value)
-        });
-        head = header_raw(head, ID_HEADER, id.to_string().as_bytes());
-        head = header_raw(head, ATTEMPT_HEADER, attempt.to_string().as_bytes());
-        let line_bytes = request.target.len() + self.upstream.remote.path_prefix.len();
-        let agent = self.agent(longest_field.max(line_bytes) + LINE_SLACK_BYTES);
-        let response = if request.body.is_empty() && !announces_empty_body(&request.method) {
-            agent.run(head.body(SendBody::none())?)?
+        let (head, longest_line) = self.upstream.head(id, request, attempt)?;
+        let agent = self.agent(longest_line + LINE_SLACK_BYTES);
+        if request.body.is_empty() && !announces_empty_body(&request.method) {
+            exchange(&agent, head, SendBody::none())
         } else {
-            agent.run(head.body(request.body.as_slice())?)?
-        };
-        Ok(drain(response))
+            exchange(&agent, head, request.body.as_slice())
+        }
     }
 
     fn agent(&mut self, buffer_bytes: usize) -> Agent {
@@ -203,12 +214,23 @@ impl Client {
     }
 }
 
+/// Out of line, too: there is one of it for each kind of body.
+#[inline(never)]
+fn exchange(
+    agent: &Agent,
+    head: http::request::Builder,
+    body: impl AsSendBody,
+) -> Result<Outcome, ureq::Error> {
+    Ok(drain(agent.run(head.body(body)?)?))
+}
+
 /// Methods whose empty body is announced with `Content-Length: 0` (RFC 9110 §8.6).
 fn announces_empty_body(method: &str) -> bool {
     matches!(method, "POST" | "PUT" | "PATCH")
 }
 
 /// Reads what little the answer has to say, so that the connection can be kept.
+#[inline(never)]
 fn drain(mut response: http::Response<ureq::Body>) -> Outcome {
     let retry_after = response
         .headers()

@@ -186,7 +186,7 @@ fn server_program(name: &str) -> PathBuf {
 }
 
 /// Debian keeps the server's programs off the PATH.
-pub(super) fn find_server_program(name: &str) -> Option<PathBuf> {
+pub fn find_server_program(name: &str) -> Option<PathBuf> {
     let asked = Command::new("pg_config").arg("--bindir").output();
     let asked = asked.ok().filter(|output| output.status.success());
     let configured = asked.map(|output| {
