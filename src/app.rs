@@ -236,7 +236,8 @@ impl Running {
         }
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let places = Arc::new(Places::new(config.proxy.num_clients));
-        let (direct_sender, direct) = direct::bounded(config.proxy.num_clients);
+        let (direct_sender, direct, overseer) = direct::bounded(config.proxy.num_clients);
+        spawn(&threads, "overseer", move || overseer.run())?;
         let (fresh_sender, fresh) = bounded(2 * config.queue.workers);
         let (retried_sender, retried) = bounded(2 * config.queue.workers);
         let claimed = ByClass { fresh, retried };

@@ -1,45 +1,68 @@
 //! The direct channel: each request goes to the proxy worker that became idle last.
 //!
-//! Those who wait at a channel are woken in turns. A few requests at a time would so keep the
-//! stack, buffers and connection of every worker in memory, and find each of them cold. Here as
-//! many are busy as there is work for, and the others are never touched.
+//! Those who wait at a channel are woken in turns, and all of them under load. So a few requests
+//! would keep the stack and the connection of every worker in memory, and hundreds of workers
+//! would hinder each other where a few dozen send as much. Here as many are busy as there is work
+//! for, and more than [`EAGER`] only if something waits for longer than [`PATIENCE`].
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{TryRecvError, TrySendError};
 
-/// A channel with room for so many, whose receivers wait last in, first out.
-pub fn bounded<T>(room: usize) -> (Sender<T>, Receiver<T>) {
-    let (sender, receiver) = crossbeam_channel::bounded(room);
-    let idle = Arc::new(Idle::default());
+/// Receivers that are woken as soon as there is something: enough for a fast destination.
+const EAGER: usize = 64;
+/// What is waited for until further ones are woken. At most so much later is a request sent.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// A channel with room for so many, whose receivers wait last in, first out. The overseer wants a
+/// thread.
+pub fn bounded<T>(room: usize) -> (Sender<T>, Receiver<T>, Overseer<T>) {
+    let (sender, channel) = crossbeam_channel::bounded(room);
+    let (look, asked) = crossbeam_channel::bounded(1);
+    let crew = Arc::new(Crew {
+        look,
+        stack: Mutex::default(),
+        is_waking: AtomicBool::new(false),
+        busy: AtomicUsize::new(0),
+        taken: AtomicUsize::new(0),
+    });
     let sender = Sender {
         channel: sender,
-        idle: Arc::clone(&idle),
+        crew: Arc::clone(&crew),
+    };
+    let overseer = Overseer {
+        channel: channel.clone(),
+        asked,
+        crew: Arc::clone(&crew),
     };
     let receiver = Receiver {
-        channel: receiver,
-        idle,
+        channel,
+        crew,
+        is_busy: AtomicBool::new(false),
     };
-    (sender, receiver)
+    (sender, receiver, overseer)
 }
+
+type Waiting<T> = (Instant, T);
 
 /// The one end; dropped, it lets the receivers end when they have taken all.
 #[derive(Debug)]
 pub struct Sender<T> {
-    channel: crossbeam_channel::Sender<T>,
-    idle: Arc<Idle>,
+    channel: crossbeam_channel::Sender<Waiting<T>>,
+    crew: Arc<Crew>,
 }
 
 impl<T> Sender<T> {
     /// # Errors
     /// Gives it back when there is no room.
     pub fn try_send(&self, value: T) -> Result<(), T> {
-        self.channel
-            .try_send(value)
-            .map_err(TrySendError::into_inner)?;
-        self.idle.wake_one();
+        let sent = self.channel.try_send((Instant::now(), value));
+        sent.map_err(TrySendError::into_inner)
+            .map_err(|(_, value)| value)?;
+        self.crew.wake_for(Duration::ZERO);
         Ok(())
     }
 
@@ -48,10 +71,9 @@ impl<T> Sender<T> {
     /// # Errors
     /// Gives it back when there are no receivers any more.
     pub fn send(&self, value: T) -> Result<(), T> {
-        self.channel
-            .send(value)
-            .map_err(|refused| refused.into_inner())?;
-        self.idle.wake_one();
+        let sent = self.channel.send((Instant::now(), value));
+        sent.map_err(|refused| refused.into_inner().1)?;
+        self.crew.wake_for(Duration::ZERO);
         Ok(())
     }
 
@@ -64,22 +86,25 @@ impl<T> Drop for Sender<T> {
     fn drop(&mut self) {
         // Those who are woken must find the channel without a sender.
         self.channel = crossbeam_channel::bounded(0).0;
-        self.idle.close();
+        self.crew.close();
     }
 }
 
 /// An end that takes; each worker has one.
 #[derive(Debug)]
 pub struct Receiver<T> {
-    channel: crossbeam_channel::Receiver<T>,
-    idle: Arc<Idle>,
+    channel: crossbeam_channel::Receiver<Waiting<T>>,
+    crew: Arc<Crew>,
+    /// With what it received last, until it comes for the next.
+    is_busy: AtomicBool,
 }
 
 impl<T> Clone for Receiver<T> {
     fn clone(&self) -> Receiver<T> {
         Receiver {
             channel: self.channel.clone(),
-            idle: Arc::clone(&self.idle),
+            crew: Arc::clone(&self.crew),
+            is_busy: AtomicBool::new(false),
         }
     }
 }
@@ -87,49 +112,88 @@ impl<T> Clone for Receiver<T> {
 impl<T> Receiver<T> {
     /// Waits for one; `None` when there will be none.
     pub fn recv(&self) -> Option<T> {
+        if self.is_busy.swap(false, Ordering::SeqCst) {
+            self.crew.busy.fetch_sub(1, Ordering::SeqCst);
+        }
         loop {
             match self.channel.try_recv() {
-                Ok(value) => {
-                    // Who sent it may have left the waking of others to us.
+                Ok((sent_at, value)) => {
+                    self.is_busy.store(true, Ordering::SeqCst);
+                    self.crew.busy.fetch_add(1, Ordering::SeqCst);
+                    self.crew.taken.fetch_add(1, Ordering::SeqCst);
+                    // Who sent the next may have left it to us to wake another.
                     if !self.channel.is_empty() {
-                        self.idle.wake_one();
+                        self.crew.wake_for(sent_at.elapsed());
                     }
                     return Some(value);
                 }
                 Err(TryRecvError::Disconnected) => return None,
-                Err(TryRecvError::Empty) => self.idle.wait(|| !self.channel.is_empty()),
+                Err(TryRecvError::Empty) => self.crew.wait(|| !self.channel.is_empty()),
             }
         }
     }
 
     /// Takes what is there without waiting.
     pub fn try_iter(&self) -> impl Iterator<Item = T> {
-        self.channel.try_iter()
+        self.channel.try_iter().map(|(_, value)| value)
     }
 }
 
-/// The receivers that wait, the last one on top.
-#[derive(Debug, Default)]
-struct Idle {
+/// Looks after what waits while no more receivers are woken for it at once.
+#[derive(Debug)]
+pub struct Overseer<T> {
+    channel: crossbeam_channel::Receiver<Waiting<T>>,
+    asked: crossbeam_channel::Receiver<()>,
+    crew: Arc<Crew>,
+}
+
+impl<T> Overseer<T> {
+    /// Runs until the sender is gone; sleeps unless it is asked to look.
+    pub fn run(&self) {
+        while self.asked.recv().is_ok() {
+            while !self.channel.is_empty() {
+                let (waiting, taken) = (self.channel.len(), self.crew.taken());
+                thread::sleep(PATIENCE);
+                if self.crew.taken().wrapping_sub(taken) < waiting {
+                    // Who is woken so finds that it came late, and wakes the next.
+                    self.crew.wake_one();
+                }
+            }
+            if self.crew.stack().is_closed {
+                return;
+            }
+        }
+    }
+}
+
+/// The receivers: how many are busy, and those that wait.
+#[derive(Debug)]
+struct Crew {
+    /// Asks the overseer to look.
+    look: crossbeam_channel::Sender<()>,
     stack: Mutex<Stack>,
     /// Someone was woken and has not looked yet. Who sends meanwhile need wake nobody else:
     /// whoever finds more than one wakes the next.
     is_waking: AtomicBool,
+    busy: AtomicUsize,
+    /// How many were received so far; wraps around.
+    taken: AtomicUsize,
 }
 
+/// Those that wait, the last one on top.
 #[derive(Debug, Default)]
 struct Stack {
-    waiting: Vec<Arc<Waiting>>,
+    idle: Vec<Arc<Idle>>,
     is_closed: bool,
 }
 
 #[derive(Debug)]
-struct Waiting {
+struct Idle {
     thread: Thread,
     is_woken: AtomicBool,
 }
 
-impl Waiting {
+impl Idle {
     /// To be called by who took it off the stack.
     fn wake(&self) {
         self.is_woken.store(true, Ordering::SeqCst);
@@ -137,18 +201,32 @@ impl Waiting {
     }
 }
 
-impl Idle {
+impl Crew {
     fn stack(&self) -> MutexGuard<'_, Stack> {
         self.stack.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn taken(&self) -> usize {
+        self.taken.load(Ordering::SeqCst)
+    }
+
+    /// Sees to something that waits, behind another that has waited for so long.
+    fn wake_for(&self, waited: Duration) {
+        if waited >= PATIENCE || self.busy.load(Ordering::SeqCst) < EAGER {
+            self.wake_one();
+        } else {
+            // Full: it has been asked already.
+            let _ = self.look.try_send(());
+        }
     }
 
     fn wake_one(&self) {
         if self.is_waking.swap(true, Ordering::SeqCst) {
             return;
         }
-        let top = self.stack().waiting.pop();
+        let top = self.stack().idle.pop();
         match top {
-            Some(waiting) => waiting.wake(),
+            Some(idle) => idle.wake(),
             // Who is about to wait looks once more when it is on the stack.
             None => self.is_waking.store(false, Ordering::SeqCst),
         }
@@ -157,12 +235,15 @@ impl Idle {
     fn close(&self) {
         let mut stack = self.stack();
         stack.is_closed = true;
-        stack.waiting.drain(..).for_each(|waiting| waiting.wake());
+        stack.idle.drain(..).for_each(|idle| idle.wake());
+        drop(stack);
+        // It need not be told twice.
+        let _ = self.look.try_send(());
     }
 
     /// Returns when woken, or at once when there is something after all.
     fn wait(&self, is_something_there: impl Fn() -> bool) {
-        let me = Arc::new(Waiting {
+        let me = Arc::new(Idle {
             thread: thread::current(),
             is_woken: AtomicBool::new(false),
         });
@@ -170,7 +251,7 @@ impl Idle {
         if stack.is_closed {
             return;
         }
-        stack.waiting.push(Arc::clone(&me));
+        stack.idle.push(Arc::clone(&me));
         drop(stack);
         if is_something_there() && self.leave(&me) {
             return;
@@ -184,10 +265,10 @@ impl Idle {
     }
 
     /// Takes a receiver off the stack; false if another has, who then wakes it.
-    fn leave(&self, me: &Arc<Waiting>) -> bool {
-        let waiting = &mut self.stack().waiting;
-        let place = waiting.iter().rposition(|other| Arc::ptr_eq(other, me));
-        place.map(|place| waiting.remove(place)).is_some()
+    fn leave(&self, me: &Arc<Idle>) -> bool {
+        let idle = &mut self.stack().idle;
+        let place = idle.iter().rposition(|other| Arc::ptr_eq(other, me));
+        place.map(|place| idle.remove(place)).is_some()
     }
 }
 
@@ -202,7 +283,7 @@ mod tests {
 
     #[test]
     fn all_that_is_sent_is_received_once_and_then_the_receivers_end() {
-        let (sender, receiver) = bounded(4);
+        let (sender, receiver, _overseer) = bounded(4);
         let sender = Arc::new(sender);
         let receivers: Vec<_> = (0..8)
             .map(|_| {
@@ -245,8 +326,10 @@ mod tests {
 
     #[test]
     fn as_many_are_busy_as_there_is_work_for() {
-        let (sender, receiver) = bounded::<Arc<Barrier>>(4);
-        let threads: Vec<_> = (0..4)
+        const RECEIVERS: usize = EAGER + 40;
+        let (sender, receiver, overseer) = bounded::<Arc<Barrier>>(RECEIVERS);
+        let overseer = thread::spawn(move || overseer.run());
+        let threads: Vec<_> = (0..RECEIVERS)
             .map(|_| {
                 let receiver = receiver.clone();
                 thread::spawn(move || {
@@ -257,25 +340,24 @@ mod tests {
                 })
             })
             .collect();
-        for busy in [1, 4, 2, 4, 3] {
+        for busy in [1, 4, 2, EAGER, EAGER + 1, RECEIVERS, 3, RECEIVERS] {
             let all = Arc::new(Barrier::new(busy + 1));
             for _ in 0..busy {
                 sender.send(Arc::clone(&all)).unwrap();
             }
             all.wait();
         }
-        drop(sender);
-        threads
-            .into_iter()
-            .for_each(|thread| thread.join().unwrap());
+        drop((sender, receiver));
+        let all = threads.into_iter().chain([overseer]);
+        all.for_each(|thread| thread.join().unwrap());
     }
 
     #[test]
     fn the_last_to_become_idle_is_woken_first() {
-        let (sender, receiver) = bounded::<()>(1);
+        let (sender, receiver, _overseer) = bounded::<()>(1);
         let (tell, told) = crossbeam_channel::bounded(4);
         let waiting = |count| {
-            while receiver.idle.stack().waiting.len() != count {
+            while receiver.crew.stack().idle.len() != count {
                 thread::yield_now();
             }
         };

@@ -25,7 +25,7 @@ pub const ACCEPTORS: [&str; 2] = ["builtin", "tiny_http"];
 pub fn serve(acceptor: &str, bind: &str) -> SocketAddr {
     let threads = Threads::default();
     let metrics = Arc::new(Metrics::new(50).unwrap());
-    let (direct, deliveries) = direct::bounded(1 << 18);
+    let (direct, deliveries, _overseer) = direct::bounded(1 << 18);
     // Comes by now and then instead of being woken for each, which would be measured, too.
     threads
         .spawn("drop", move || {
