@@ -25,6 +25,10 @@ const OTHER: &str = "other";
 const ANSWER_BUCKETS: [f64; 11] = [
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0,
 ];
+/// Fine where the answers are that waited for nothing.
+const ADMISSION_BUCKETS: [f64; 13] = [
+    0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0,
+];
 const DELIVERY_BUCKETS: [f64; 13] = [
     0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0,
 ];
@@ -37,6 +41,8 @@ pub struct Metrics {
     paths: PathLabels,
     pub admitted_direct: IntCounter,
     pub admitted_stored: IntCounter,
+    pub answer_direct_seconds: Histogram,
+    pub answer_stored_seconds: Histogram,
     pub refused: Refusals,
     pub attempts_delivered: IntCounter,
     pub attempts_later: IntCounter,
@@ -203,11 +209,8 @@ impl Metrics {
             "Requests by how they were admitted.",
             ("admission", ["direct", "stored", "refused"]),
         )?;
-        let [attempts_delivered, attempts_later, attempts_buried] = make.counters_by(
-            "asyncproxy_attempts_total",
-            "Attempts to deliver by what they led to.",
-            ("outcome", ["delivered", "later", "buried"]),
-        )?;
+        let [answer_direct_seconds, answer_stored_seconds] = make.answers()?;
+        let [attempts_delivered, attempts_later, attempts_buried] = make.attempts()?;
         let [lost_shutdown] = make.counters_by(
             "asyncproxy_lost_total",
             "Acknowledged requests that are gone, by reason.",
@@ -219,6 +222,8 @@ impl Metrics {
             paths: make.path_labels(paths_max)?,
             admitted_direct,
             admitted_stored,
+            answer_direct_seconds,
+            answer_stored_seconds,
             refused: make.refusals(total)?,
             attempts_delivered,
             attempts_later,
@@ -388,6 +393,24 @@ impl Make {
             answer_seconds,
             delivery,
         })
+    }
+
+    fn attempts(&self) -> Result<[IntCounter; 3], prometheus::Error> {
+        self.counters_by(
+            "asyncproxy_attempts_total",
+            "Attempts to deliver by what they led to.",
+            ("outcome", ["delivered", "later", "buried"]),
+        )
+    }
+
+    fn answers(&self) -> Result<[Histogram; 2], prometheus::Error> {
+        let answers = self.histograms(
+            "asyncproxy_answer_seconds",
+            "Response time of accepted requests, by how they were admitted.",
+            &["admission"],
+            &ADMISSION_BUCKETS,
+        )?;
+        Ok(["direct", "stored"].map(|admission| answers.with_label_values(&[admission])))
     }
 
     fn busy(&self) -> Result<[IntGauge; 3], prometheus::Error> {

@@ -304,6 +304,7 @@ impl Worker {
     }
 
     /// Tries to store what `attempts` did not deliver, until it is due again or stored.
+    #[inline(never)] // As `report`.
     fn keep(&self, delivery: &Delivery, attempts: u32, fate: Fate) -> Kept {
         let due = match &fate {
             Fate::Due { after, .. } => Some(Instant::now() + *after),
@@ -350,6 +351,8 @@ impl Worker {
         verdict
     }
 
+    // What it takes of the stack, all workers that wait for an answer would have as well.
+    #[inline(never)]
     fn report(&self, delivery: &Delivery, verdict: &Verdict, took: Duration) {
         let metrics = &self.shared.metrics;
         let (id, attempt) = (delivery.request.id, delivery.attempt);

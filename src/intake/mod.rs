@@ -8,7 +8,7 @@ pub mod tiny_http;
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use crate::admission::{Admission, Admitted};
 use crate::budget::{Budget, Permit};
@@ -139,8 +139,14 @@ impl Intake {
         self.draining.load(Ordering::SeqCst)
     }
 
-    /// What the sender of a request is told that was admitted or not.
-    pub fn answer(&self, admitted: Admitted) -> Answer {
+    /// What the sender of a request is told that was admitted or not, so long after its head.
+    pub fn answer(&self, admitted: Admitted, took: Duration) -> Answer {
+        let seconds = took.as_secs_f64();
+        match admitted {
+            Admitted::Direct => self.metrics.answer_direct_seconds.observe(seconds),
+            Admitted::Stored => self.metrics.answer_stored_seconds.observe(seconds),
+            Admitted::Refused | Admitted::QueueFull => {}
+        }
         match admitted {
             Admitted::Direct | Admitted::Stored => Answer::Accepted(self.response_status),
             // Admission counts its own refusals.
@@ -191,7 +197,10 @@ impl builtin::Service for Intake {
         let started = received.started;
         let answer = match received.record() {
             Err(why) => self.refuse(Answer::Invalid(why)),
-            Ok((request, permit)) => self.answer(self.admission.admit(request, permit)),
+            Ok((request, permit)) => {
+                let admitted = self.admission.admit(request, permit);
+                self.answer(admitted, started.elapsed())
+            }
         };
         path.answer_seconds.observe(started.elapsed().as_secs_f64());
         answer
@@ -206,9 +215,10 @@ impl builtin::Service for Intake {
         let started = received.started;
         let (request, permit) = received.record().ok()?;
         let admitted = self.admission.admit_quickly(request, permit)?;
+        let took = started.elapsed();
         path.requests.inc();
-        path.answer_seconds.observe(started.elapsed().as_secs_f64());
-        Some(self.answer(admitted))
+        path.answer_seconds.observe(took.as_secs_f64());
+        Some(self.answer(admitted, took))
     }
 
     fn refuse(&self, answer: Answer) -> Answer {

@@ -93,12 +93,12 @@ impl Acceptor {
         let _busy = Busy::new(&metrics.busy_intake);
         let path = metrics.path(path_of(request.url()));
         path.requests.inc();
-        let answer = self.answer(&mut request);
+        let answer = self.answer(&mut request, started);
         self.respond(request, answer);
         path.answer_seconds.observe(started.elapsed().as_secs_f64());
     }
 
-    fn answer(&self, request: &mut Incoming) -> Answer {
+    fn answer(&self, request: &mut Incoming, started: Instant) -> Answer {
         let mut permit = self.intake.budget.permit();
         let body = match self.read_body(request, &mut permit) {
             Ok(body) => body,
@@ -121,7 +121,7 @@ impl Acceptor {
             Err(why) => self.intake.refuse(Answer::Invalid(why)),
             Ok(recorded) => {
                 let admitted = self.intake.admission.admit(recorded, permit);
-                self.intake.answer(admitted)
+                self.intake.answer(admitted, started.elapsed())
             }
         }
     }
