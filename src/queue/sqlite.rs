@@ -21,9 +21,9 @@ use super::{
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
 
-/// Bytes of page cache: the batches in hand, not the queue.
-const WRITER_CACHE_KIB: i32 = 2048;
-const READER_CACHE_KIB: i32 = 256;
+/// Bytes of page cache: more did not make it faster, the system has one of its own.
+const WRITER_CACHE_KIB: i32 = 256;
+const READER_CACHE_KIB: i32 = 64;
 /// Pages after which the WAL is copied into the database, and bytes it is then cut back to.
 const WAL_PAGES: i32 = 4000;
 const WAL_BYTES_KEPT: i32 = 16 * 1024 * 1024;

@@ -15,7 +15,7 @@ use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTi
 use ureq::{Error, Timeout};
 
 /// Buffers that are kept for reuse: more threads hardly ever have bytes in hand at once.
-const KEPT_MAX: usize = 16;
+const KEPT_MAX: usize = 8;
 
 /// Opens TCP connections and counts them.
 #[derive(Debug)]
