@@ -106,12 +106,19 @@ start() {
   env PROXY_REMOTE_URL="http://127.0.0.1:$nginx_port" SERVER_BIND="$intake" METRICS_BIND="$control" LOG_LEVEL=warn "$@" \
     "$binary" --config "$root/config.yaml" 2>>"$directory/asyncproxy.log" & running=$!
   cd "$root"
-  until curl -s -o "$directory/ready" "http://$control/readyz"; do sleep 0.02; done
+  until curl -s -o "$directory/ready" "http://$control/readyz"; do
+    kill -0 "$running" || fail
+    sleep 0.02
+  done
 }
 stop() {
   kill "$running"
-  wait "$running" || { echo "asyncproxy failed:"; tail "$directory/asyncproxy.log"; exit 1; } >&2
+  wait "$running" || fail
   running=
+}
+fail() {
+  tail "$directory/asyncproxy.log" >&2
+  exit 1
 }
 anew() { rm -rf "$directory/run"; }
 
@@ -226,7 +233,7 @@ drained() {
   local rows=$1 begun
   shift
   begun=$(date +%s.%N)
-  start QUEUE_HANDLE_PER_SECOND=10000000 "$@"
+  start QUEUE_HANDLE_PER_SECOND=1000000 "$@"
   until [ "$(metric asyncproxy_delivered_total)" = "$rows" ]; do sleep 0.05; done
   awk -v begun="$begun" -v ended="$(date +%s.%N)" 'BEGIN { print ended - begun }'
 }
@@ -322,7 +329,7 @@ memory_at_rest() {
 soak() {
   local requests=0 early= descriptors
   anew
-  start SERVER_ENQUEUE_RATE=1000000 QUEUE_HANDLE_PER_SECOND=10000000
+  start SERVER_ENQUEUE_RATE=1000000 QUEUE_HANDLE_PER_SECOND=1000000
   while [ "$requests" -lt 3000000 ]; do
     load 9132 5 > "$directory/load"
     requests=$((requests + $(requests < "$directory/load")))
