@@ -181,12 +181,15 @@ pub(super) const CLAIM_BY_TOKENS_UNORDERED: Statements = ByClass {
 };
 
 /// Rows claimed by their tokens, in the columns of `CLAIM`. The primary key finds them.
+///
+/// `coalesce`, here and below, only keeps statistics out of it: they know of no leased rows, as
+/// those are gone soon, and for none the planner would compare each of ours with each leased one.
 pub(super) const CLAIMED: &str = "
     SELECT row.id, row.attempt, mine.due_at, row.received_at,
            row.method, row.target, row.headers, row.body
       FROM unnest($1, $2, $3) AS mine (id, attempt, due_at)
       JOIN proxy_requests AS row
-        ON row.id = mine.id AND row.attempt = mine.attempt AND row.leased";
+        ON row.id = mine.id AND row.attempt = mine.attempt AND coalesce(row.leased)";
 
 /// For one who has emptied the table: empty, so that this gives nobody more than the rate.
 pub(super) const RESTORE_RATE: &str = "
@@ -200,7 +203,7 @@ pub(super) const SETTLE: &str = "
     WITH delivered AS (
         DELETE FROM proxy_requests AS row
          USING unnest($1, $2) AS mine (id, attempt)
-         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
+         WHERE row.id = mine.id AND row.attempt = mine.attempt AND coalesce(row.leased)
      RETURNING 1
     ), later AS (
         UPDATE proxy_requests AS row
@@ -209,12 +212,12 @@ pub(super) const SETTLE: &str = "
                last_status = mine.status,
                last_error = mine.error
           FROM unnest($3, $4, $5, $6, $7) AS mine (id, attempt, after, status, error)
-         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
+         WHERE row.id = mine.id AND row.attempt = mine.attempt AND coalesce(row.leased)
      RETURNING 1
     ), gone AS (
         DELETE FROM proxy_requests AS row
          USING unnest($8, $9, $10, $11) AS mine (id, attempt, status, error)
-         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
+         WHERE row.id = mine.id AND row.attempt = mine.attempt AND coalesce(row.leased)
      RETURNING row.id, row.received_at, row.attempt, mine.status, mine.error,
                row.method, row.target, row.headers, row.body
     ), buried AS (
@@ -231,7 +234,7 @@ pub(super) const SETTLE: &str = "
                next_attempt_at = now(),
                attempt = row.attempt - 1
           FROM unnest($12, $13) AS mine (id, attempt)
-         WHERE row.id = mine.id AND row.attempt = mine.attempt AND row.leased
+         WHERE row.id = mine.id AND row.attempt = mine.attempt AND coalesce(row.leased)
      RETURNING 1
     )
     SELECT (SELECT count(*) FROM delivered),
