@@ -3,7 +3,7 @@
 //! Those who wait at a channel are woken in turns, and all of them under load. So a few requests
 //! would keep the stack and the connection of every worker in memory, and hundreds of workers
 //! would hinder each other where a few dozen send as much. Here as many are busy as there is work
-//! for, and more than [`EAGER`] only if something waits for longer than [`PATIENCE`].
+//! for, but more than a few dozen only if those are not fast enough.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,17 +12,23 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{TryRecvError, TrySendError};
 
-/// Receivers that are woken as soon as there is something: enough for a fast destination.
-const EAGER: usize = 64;
-/// What is waited for until further ones are woken. At most so much later is a request sent.
-const PATIENCE: Duration = Duration::from_millis(50);
+/// Receivers for each core that are woken as soon as there is something.
+const EAGER_PER_CORE: usize = 32;
+/// A core does not get much more than so many a second through: while the eager ones take as
+/// many, further ones would be of no use.
+const TAKEN_PER_CORE: u32 = 7000;
 
 /// A channel with room for so many, whose receivers wait last in, first out. The overseer wants a
 /// thread.
 pub fn bounded<T>(room: usize) -> (Sender<T>, Receiver<T>, Overseer<T>) {
     let (sender, channel) = crossbeam_channel::bounded(room);
     let (look, asked) = crossbeam_channel::bounded(1);
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let taken_per_second = TAKEN_PER_CORE.saturating_mul(u32::try_from(cores).unwrap_or(u32::MAX));
+    let full = u32::try_from(room).unwrap_or(u32::MAX);
     let crew = Arc::new(Crew {
+        eager: cores.saturating_mul(EAGER_PER_CORE),
+        patience: Duration::from_secs(1) / taken_per_second * full,
         look,
         stack: Mutex::default(),
         is_waking: AtomicBool::new(false),
@@ -153,7 +159,7 @@ impl<T> Overseer<T> {
         while self.asked.recv().is_ok() {
             while !self.channel.is_empty() {
                 let (waiting, taken) = (self.channel.len(), self.crew.taken());
-                thread::sleep(PATIENCE);
+                thread::sleep(self.crew.patience);
                 if self.crew.taken().wrapping_sub(taken) < waiting {
                     // Who is woken so finds that it came late, and wakes the next.
                     self.crew.wake_one();
@@ -169,6 +175,10 @@ impl<T> Overseer<T> {
 /// The receivers: how many are busy, and those that wait.
 #[derive(Debug)]
 struct Crew {
+    /// How many are woken as soon as there is something, and how long it waits for further ones:
+    /// the time in which enough would have taken all there is room for.
+    eager: usize,
+    patience: Duration,
     /// Asks the overseer to look.
     look: crossbeam_channel::Sender<()>,
     stack: Mutex<Stack>,
@@ -212,7 +222,7 @@ impl Crew {
 
     /// Sees to something that waits, behind another that has waited for so long.
     fn wake_for(&self, waited: Duration) {
-        if waited >= PATIENCE || self.busy.load(Ordering::SeqCst) < EAGER {
+        if waited >= self.patience || self.busy.load(Ordering::SeqCst) < self.eager {
             self.wake_one();
         } else {
             // Full: it has been asked already.
@@ -326,10 +336,11 @@ mod tests {
 
     #[test]
     fn as_many_are_busy_as_there_is_work_for() {
-        const RECEIVERS: usize = EAGER + 40;
-        let (sender, receiver, overseer) = bounded::<Arc<Barrier>>(RECEIVERS);
+        let eager = bounded::<()>(1).1.crew.eager;
+        let receivers = eager + 40;
+        let (sender, receiver, overseer) = bounded::<Arc<Barrier>>(receivers);
         let overseer = thread::spawn(move || overseer.run());
-        let threads: Vec<_> = (0..RECEIVERS)
+        let threads: Vec<_> = (0..receivers)
             .map(|_| {
                 let receiver = receiver.clone();
                 thread::spawn(move || {
@@ -340,7 +351,7 @@ mod tests {
                 })
             })
             .collect();
-        for busy in [1, 4, 2, EAGER, EAGER + 1, RECEIVERS, 3, RECEIVERS] {
+        for busy in [1, 4, 2, eager, eager + 1, receivers, 3, receivers] {
             let all = Arc::new(Barrier::new(busy + 1));
             for _ in 0..busy {
                 sender.send(Arc::clone(&all)).unwrap();
