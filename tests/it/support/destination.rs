@@ -100,8 +100,8 @@ pub struct Destination {
     pub address: SocketAddr,
     shared: Arc<Shared>,
     acceptor: Option<JoinHandle<()>>,
-    /// Bound but not listening while the destination refuses: nobody else gets the port.
-    reserved: Option<Socket>,
+    /// Bound all the time, listening or not: nobody else gets the port.
+    socket: Socket,
 }
 
 impl fmt::Debug for Destination {
@@ -147,8 +147,10 @@ impl Destination {
 
     /// A destination that refuses connections until [`open`](Self::open).
     pub fn down() -> Destination {
-        let reserved = bound((Ipv4Addr::LOCALHOST, 0).into());
-        let address = reserved.local_addr().expect("address");
+        let chosen = bound((Ipv4Addr::LOCALHOST, 0).into());
+        let address = chosen.local_addr().expect("address");
+        // A port that was asked for by its number is kept when the listening ends.
+        let socket = bound(address.as_socket().expect("address"));
         Destination {
             address: address.as_socket().expect("address"),
             shared: Arc::new(Shared {
@@ -162,7 +164,7 @@ impl Destination {
                 changed: Condvar::new(),
             }),
             acceptor: None,
-            reserved: Some(reserved),
+            socket,
         }
     }
 
@@ -177,8 +179,9 @@ impl Destination {
 
     /// Listens, on the same port as ever.
     pub fn open(&mut self) {
-        let socket = self.reserved.take().expect("open only while it refuses");
-        socket.listen(1024).expect("listen");
+        assert!(self.acceptor.is_none(), "open only while it refuses");
+        self.socket.listen(1024).expect("listen");
+        let socket = self.socket.try_clone().expect("clone");
         self.shared.lock().refusing = false;
         let shared = Arc::clone(&self.shared);
         self.acceptor = Some(thread::spawn(move || accept(&shared, &socket.into())));
@@ -187,7 +190,6 @@ impl Destination {
     /// Breaks every connection and refuses new ones.
     pub fn refuse(&mut self) {
         self.close();
-        self.reserved = Some(bound(self.address));
     }
 
     fn close(&mut self) {
@@ -202,8 +204,10 @@ impl Destination {
             }
         }
         self.shared.changed.notify_all();
-        // Wakes the acceptor, which then sees that it is to end.
-        let _ = TcpStream::connect(self.address);
+        // Ends the listening, and the acceptor with it.
+        self.socket
+            .shutdown(std::net::Shutdown::Read)
+            .expect("shutdown");
         acceptor.join().expect("acceptor");
     }
 
@@ -264,11 +268,11 @@ fn bound(address: SocketAddr) -> Socket {
 
 fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
     for stream in listener.incoming() {
-        let stream = stream.expect("accept");
         let mut state = shared.lock();
         if state.refusing {
             return;
         }
+        let stream = stream.expect("accept");
         let number = state.connections;
         state.connections += 1;
         state
