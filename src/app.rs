@@ -237,7 +237,10 @@ impl Running {
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let places = Arc::new(Places::new(config.proxy.num_clients));
         let (direct_sender, direct, overseer) = direct::bounded(config.proxy.num_clients);
-        spawn(&threads, "overseer", move || overseer.run())?;
+        let metrics = Arc::clone(&stage.metrics);
+        spawn(&threads, "overseer", move || {
+            overseer.run(|| metrics.attempts_made());
+        })?;
         let (fresh_sender, fresh) = bounded(2 * config.queue.workers);
         let (retried_sender, retried) = bounded(2 * config.queue.workers);
         let claimed = ByClass { fresh, retried };

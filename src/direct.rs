@@ -8,15 +8,15 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam_channel::{TryRecvError, TrySendError};
+use crossbeam_channel::{SendError, TryRecvError, TrySendError};
 
 /// Receivers for each core that are woken as soon as there is something.
 const EAGER_PER_CORE: usize = 32;
-/// A core does not get much more than so many a second through: while the eager ones take as
-/// many, further ones would be of no use.
-const TAKEN_PER_CORE: u32 = 7000;
+/// A core does not get much more than so many attempts a second through: while as many are made,
+/// further receivers would be of no use.
+const ATTEMPTS_PER_CORE: u32 = 7000;
 
 /// A channel with room for so many, whose receivers wait last in, first out. The overseer wants a
 /// thread.
@@ -24,16 +24,17 @@ pub fn bounded<T>(room: usize) -> (Sender<T>, Receiver<T>, Overseer<T>) {
     let (sender, channel) = crossbeam_channel::bounded(room);
     let (look, asked) = crossbeam_channel::bounded(1);
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    let taken_per_second = TAKEN_PER_CORE.saturating_mul(u32::try_from(cores).unwrap_or(u32::MAX));
+    let cores_u32 = u32::try_from(cores).unwrap_or(u32::MAX);
+    let attempts_per_second = ATTEMPTS_PER_CORE.saturating_mul(cores_u32);
     let full = u32::try_from(room).unwrap_or(u32::MAX);
     let crew = Arc::new(Crew {
         eager: cores.saturating_mul(EAGER_PER_CORE),
-        patience: Duration::from_secs(1) / taken_per_second * full,
+        patience: Duration::from_secs(1) / attempts_per_second * full,
         look,
         stack: Mutex::default(),
         is_waking: AtomicBool::new(false),
+        is_short: AtomicBool::new(false),
         busy: AtomicUsize::new(0),
-        taken: AtomicUsize::new(0),
     });
     let sender = Sender {
         channel: sender,
@@ -52,12 +53,10 @@ pub fn bounded<T>(room: usize) -> (Sender<T>, Receiver<T>, Overseer<T>) {
     (sender, receiver, overseer)
 }
 
-type Waiting<T> = (Instant, T);
-
 /// The one end; dropped, it lets the receivers end when they have taken all.
 #[derive(Debug)]
 pub struct Sender<T> {
-    channel: crossbeam_channel::Sender<Waiting<T>>,
+    channel: crossbeam_channel::Sender<T>,
     crew: Arc<Crew>,
 }
 
@@ -65,10 +64,10 @@ impl<T> Sender<T> {
     /// # Errors
     /// Gives it back when there is no room.
     pub fn try_send(&self, value: T) -> Result<(), T> {
-        let sent = self.channel.try_send((Instant::now(), value));
-        sent.map_err(TrySendError::into_inner)
-            .map_err(|(_, value)| value)?;
-        self.crew.wake_for(Duration::ZERO);
+        self.channel
+            .try_send(value)
+            .map_err(TrySendError::into_inner)?;
+        self.crew.see_to_it();
         Ok(())
     }
 
@@ -77,9 +76,8 @@ impl<T> Sender<T> {
     /// # Errors
     /// Gives it back when there are no receivers any more.
     pub fn send(&self, value: T) -> Result<(), T> {
-        let sent = self.channel.send((Instant::now(), value));
-        sent.map_err(|refused| refused.into_inner().1)?;
-        self.crew.wake_for(Duration::ZERO);
+        self.channel.send(value).map_err(SendError::into_inner)?;
+        self.crew.see_to_it();
         Ok(())
     }
 
@@ -99,7 +97,7 @@ impl<T> Drop for Sender<T> {
 /// An end that takes; each worker has one.
 #[derive(Debug)]
 pub struct Receiver<T> {
-    channel: crossbeam_channel::Receiver<Waiting<T>>,
+    channel: crossbeam_channel::Receiver<T>,
     crew: Arc<Crew>,
     /// With what it received last, until it comes for the next.
     is_busy: AtomicBool,
@@ -123,13 +121,12 @@ impl<T> Receiver<T> {
         }
         loop {
             match self.channel.try_recv() {
-                Ok((sent_at, value)) => {
+                Ok(value) => {
                     self.is_busy.store(true, Ordering::SeqCst);
                     self.crew.busy.fetch_add(1, Ordering::SeqCst);
-                    self.crew.taken.fetch_add(1, Ordering::SeqCst);
                     // Who sent the next may have left it to us to wake another.
                     if !self.channel.is_empty() {
-                        self.crew.wake_for(sent_at.elapsed());
+                        self.crew.see_to_it();
                     }
                     return Some(value);
                 }
@@ -141,30 +138,34 @@ impl<T> Receiver<T> {
 
     /// Takes what is there without waiting.
     pub fn try_iter(&self) -> impl Iterator<Item = T> {
-        self.channel.try_iter().map(|(_, value)| value)
+        self.channel.try_iter()
     }
 }
 
 /// Looks after what waits while no more receivers are woken for it at once.
 #[derive(Debug)]
 pub struct Overseer<T> {
-    channel: crossbeam_channel::Receiver<Waiting<T>>,
+    channel: crossbeam_channel::Receiver<T>,
     asked: crossbeam_channel::Receiver<()>,
     crew: Arc<Crew>,
 }
 
 impl<T> Overseer<T> {
-    /// Runs until the sender is gone; sleeps unless it is asked to look.
-    pub fn run(&self) {
+    /// Runs until the sender is gone; sleeps unless it is asked to look. `attempts` tells how many
+    /// have been made so far, by these receivers and by all others the cores work for.
+    pub fn run(&self, attempts: impl Fn() -> u64) {
         while self.asked.recv().is_ok() {
             while !self.channel.is_empty() {
-                let (waiting, taken) = (self.channel.len(), self.crew.taken());
+                let (waiting, before) = (self.channel.len() as u64, attempts());
                 thread::sleep(self.crew.patience);
-                if self.crew.taken().wrapping_sub(taken) < waiting {
-                    // Who is woken so finds that it came late, and wakes the next.
+                let is_short = attempts().saturating_sub(before) < waiting;
+                self.crew.is_short.store(is_short, Ordering::SeqCst);
+                if is_short {
+                    // Who is woken wakes the next, as long as something waits.
                     self.crew.wake_one();
                 }
             }
+            self.crew.is_short.store(false, Ordering::SeqCst);
             if self.crew.stack().is_closed {
                 return;
             }
@@ -176,7 +177,7 @@ impl<T> Overseer<T> {
 #[derive(Debug)]
 struct Crew {
     /// How many are woken as soon as there is something, and how long it waits for further ones:
-    /// the time in which enough would have taken all there is room for.
+    /// the time in which busy cores would have got all through that there is room for.
     eager: usize,
     patience: Duration,
     /// Asks the overseer to look.
@@ -185,9 +186,9 @@ struct Crew {
     /// Someone was woken and has not looked yet. Who sends meanwhile need wake nobody else:
     /// whoever finds more than one wakes the next.
     is_waking: AtomicBool,
+    /// Whether further ones than the eager are wanted.
+    is_short: AtomicBool,
     busy: AtomicUsize,
-    /// How many were received so far; wraps around.
-    taken: AtomicUsize,
 }
 
 /// Those that wait, the last one on top.
@@ -216,13 +217,10 @@ impl Crew {
         self.stack.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn taken(&self) -> usize {
-        self.taken.load(Ordering::SeqCst)
-    }
-
-    /// Sees to something that waits, behind another that has waited for so long.
-    fn wake_for(&self, waited: Duration) {
-        if waited >= self.patience || self.busy.load(Ordering::SeqCst) < self.eager {
+    /// Sees to something that waits.
+    fn see_to_it(&self) {
+        let is_short = self.is_short.load(Ordering::SeqCst);
+        if is_short || self.busy.load(Ordering::SeqCst) < self.eager {
             self.wake_one();
         } else {
             // Full: it has been asked already.
@@ -339,7 +337,7 @@ mod tests {
         let eager = bounded::<()>(1).1.crew.eager;
         let receivers = eager + 40;
         let (sender, receiver, overseer) = bounded::<Arc<Barrier>>(receivers);
-        let overseer = thread::spawn(move || overseer.run());
+        let overseer = thread::spawn(move || overseer.run(|| 0));
         let threads: Vec<_> = (0..receivers)
             .map(|_| {
                 let receiver = receiver.clone();

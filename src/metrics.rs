@@ -272,6 +272,16 @@ impl Metrics {
         })
     }
 
+    /// How many attempts there were so far, however they ended.
+    pub fn attempts_made(&self) -> u64 {
+        let ended = [
+            &self.attempts_delivered,
+            &self.attempts_later,
+            &self.attempts_buried,
+        ];
+        ended.iter().map(|counter| counter.get()).sum()
+    }
+
     /// The metrics of a path (without its query).
     pub fn path(&self, path: &str) -> Arc<PathMetrics> {
         self.paths.of(path)
