@@ -62,7 +62,8 @@ for mode in plain snapshot; do
   start "$mode" 1; sleep 2; stop
   query "$mode" -c "
     INSERT INTO proxy_requests (id, received_at, next_attempt_at, attempt, method, target, headers, body)
-    SELECT gen_random_uuid(), now(), now() - interval '1 hour' + number * interval '1 ms', 0, 'POST', '/hook',
+    SELECT (lpad(to_hex(1700000000000 + number), 12, '0') || '70008' || left(md5(number::text), 15))::uuid,
+           now(), now() - interval '1 hour' + number * interval '1 ms', 0, 'POST', '/hook',
            '', decode(repeat('78', 2000), 'hex')
       FROM generate_series(1, $rows) AS number" -c 'VACUUM ANALYZE proxy_requests' -c CHECKPOINT
   if [ "$mode" = snapshot ]; then

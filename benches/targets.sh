@@ -219,11 +219,12 @@ within() {
     END { printf "%.2f\n", within / all * 100 }'
 }
 
-# $1 rows of $2 bytes in the Postgres database, due.
+# $1 rows of $2 bytes in the Postgres database, due. Ids grow with time, as those of the program do.
 fill() {
   query queue -c "
     INSERT INTO proxy_requests (id, received_at, next_attempt_at, attempt, method, target, headers, body)
-    SELECT gen_random_uuid(), now(), now() - interval '1 hour' + number * interval '1 ms', 0, 'POST', '/hook',
+    SELECT (lpad(to_hex(1700000000000 + number), 12, '0') || '70008' || left(md5(number::text), 15))::uuid,
+           now(), now() - interval '1 hour' + number * interval '1 ms', 0, 'POST', '/hook',
            '', decode(repeat('78', $2), 'hex')
       FROM generate_series(1, $1) AS number" -c 'VACUUM ANALYZE proxy_requests' -c CHECKPOINT
 }
@@ -310,7 +311,7 @@ work() {
 fill_sqlite() {
   sqlite3 "$store" "
     INSERT INTO proxy_requests (id, received_at, next_attempt_at, attempt, method, target, headers, body)
-    SELECT randomblob(16), 1, 1 + value, 0, 'POST', '/hook', x'', randomblob($2) FROM generate_series(1, $1)"
+    SELECT CAST(printf('%016x', value) AS BLOB), 1, 1 + value, 0, 'POST', '/hook', x'', randomblob($2) FROM generate_series(1, $1)"
 }
 
 memory_at_rest() {

@@ -236,11 +236,7 @@ impl Running {
         }
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let places = Arc::new(Places::new(config.proxy.num_clients));
-        let (direct_sender, direct, overseer) = direct::bounded(config.proxy.num_clients);
-        let metrics = Arc::clone(&stage.metrics);
-        spawn(&threads, "overseer", move || {
-            overseer.run(|| metrics.attempts_made());
-        })?;
+        let (direct_sender, direct) = start_direct(&threads, config, &stage)?;
         let (fresh_sender, fresh) = bounded(2 * config.queue.workers);
         let (retried_sender, retried) = bounded(2 * config.queue.workers);
         let claimed = ByClass { fresh, retried };
@@ -355,6 +351,20 @@ fn forward(threads: &Threads, mut signals: Signals) -> Result<Receiver<i32>, Run
         }
     })?;
     Ok(receiver)
+}
+
+/// The channel of direct requests.
+fn start_direct(
+    threads: &Threads,
+    config: &Config,
+    stage: &Stage,
+) -> Result<(direct::Sender<Delivery>, direct::Receiver<Delivery>), RunError> {
+    let (sender, receiver, overseer) = direct::bounded(config.proxy.num_clients);
+    let metrics = Arc::clone(&stage.metrics);
+    spawn(threads, "overseer", move || {
+        overseer.run(|| metrics.attempts_made());
+    })?;
+    Ok((sender, receiver))
 }
 
 fn start_store_threads(
