@@ -34,6 +34,7 @@ use crate::queue::spool::{self, Mover, Spool};
 use crate::queue::sqlite::SqliteStore;
 use crate::queue::writer::{Appender, Writer};
 use crate::queue::{ByClass, Store};
+use crate::status::Status;
 use crate::thread::Threads;
 use crate::upstream::Upstream;
 use crate::worker::{Deliveries, Delivery, Places, Shared, Slot, Worker};
@@ -176,6 +177,20 @@ impl Stage {
             budget: Budget::new(config.server.memory_limit),
         };
         Ok((stage, filled))
+    }
+}
+
+impl Stage {
+    fn status(&self, config: &Config) -> Arc<Status> {
+        Arc::new(Status {
+            metrics: Arc::clone(&self.metrics),
+            health: Arc::clone(&self.health),
+            destination: Arc::clone(&self.destination),
+            has_spool: self.spool.is_some(),
+            per_second: config.queue.handle_per_second,
+            rate_scope: config.queue.rate_scope,
+            started: Instant::now(),
+        })
     }
 }
 
@@ -576,6 +591,7 @@ fn start_control(
         health: Arc::clone(&stage.health),
         destination: Arc::clone(&stage.destination),
         intake: Arc::clone(intake),
+        status: stage.status(config),
         budget: Budget::new(CONTROL_BYTES_MAX),
     };
     builtin::Acceptor::start(

@@ -1,4 +1,4 @@
-//! The control port: metrics for Prometheus, `/healthz` and `/readyz`.
+//! The control port: metrics for Prometheus, `/healthz`, `/readyz` and `/status`.
 
 use std::sync::Arc;
 
@@ -8,6 +8,7 @@ use crate::intake::builtin::{Received, Service};
 use crate::intake::{Answer, Intake};
 use crate::metrics::Metrics;
 use crate::queue::health::StoreHealth;
+use crate::status::Status;
 
 /// Enough for some scrapers and health checks at once.
 pub const CONNECTIONS_MAX: usize = 16;
@@ -20,6 +21,7 @@ pub struct Control {
     pub health: Arc<StoreHealth>,
     pub destination: Arc<Destination>,
     pub intake: Arc<Intake>,
+    pub status: Arc<Status>,
     pub budget: Arc<Budget>,
 }
 
@@ -39,6 +41,7 @@ impl Service for Control {
         match received.head.target.split('?').next().unwrap_or("") {
             "/healthz" => page(200, "ok\n"),
             "/readyz" => self.readiness(),
+            "/status" => self.status(),
             path if path == self.metrics_path => self.metrics(),
             _ => page(404, "not found\n"),
         }
@@ -68,6 +71,13 @@ impl Control {
             Ok(text) => Answer::Page(200, text),
             Err(error) => page(500, format!("{error}\n")),
         }
+    }
+
+    fn status(&self) -> Answer {
+        Answer::Json(format!(
+            "{}\n",
+            self.status.to_json(self.intake.is_draining())
+        ))
     }
 
     /// Whether requests can be taken, and what stands in the way.

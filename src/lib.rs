@@ -15,11 +15,11 @@
 //!
 //! # Modules in reading order
 //!
-//! 1. Pure, no I/O: [`request`], [`limiter`], [`settle`], [`breaker`].
+//! 1. Pure, no I/O: [`request`], [`limiter`], [`settle`], [`breaker`], [`trend`].
 //! 2. The outside: [`queue`] (the [`queue::Store`] contract, its two stores, and the threads
 //!    that write, claim and settle), [`upstream`] (the destination).
 //! 3. The pipeline: [`admission`], [`direct`], [`worker`], [`intake`], [`control`], [`drain`].
-//! 4. What all use: [`metrics`], [`logger`], [`thread`], [`budget`], [`descriptors`].
+//! 4. What all use: [`metrics`], [`status`], [`logger`], [`thread`], [`budget`], [`descriptors`].
 //! 5. The whole: [`config`], [`cli`], [`app`].
 //!
 //! # Invariants
@@ -52,6 +52,8 @@ pub mod metrics;
 pub mod queue;
 pub mod request;
 pub mod settle;
+pub mod status;
 pub mod thread;
+pub mod trend;
 pub mod upstream;
 pub mod worker;

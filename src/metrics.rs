@@ -5,8 +5,8 @@
 //! lost, counted from an empty queue; late commits come on top of what was accepted.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
@@ -15,6 +15,7 @@ use prometheus::{
 
 use crate::queue::Sample;
 use crate::settle::Outcome;
+use crate::trend::{Moment, Trend};
 
 /// Longest path that becomes a label, in bytes; a longer one counts as `other`.
 const PATH_LABEL_BYTES_MAX: usize = 200;
@@ -66,6 +67,7 @@ pub struct Metrics {
     pub batch_claim: Histogram,
     pub batch_settle: Histogram,
     rows: RowGauges,
+    trend: Mutex<Trend>,
 }
 
 /// Requests refused, by reason.
@@ -268,6 +270,7 @@ impl Metrics {
             batch_claim,
             batch_settle,
             rows: make.rows()?,
+            trend: Mutex::default(),
             registry: make.0,
         })
     }
@@ -304,6 +307,31 @@ impl Metrics {
         set(&rows.dead, sample.dead);
         rows.oldest
             .set(sample.oldest.unwrap_or_default().as_secs_f64());
+        let moment = Moment {
+            at: Instant::now(),
+            received: self.admitted_direct.get() + self.admitted_stored.get(),
+            queued: self.rows_appended(),
+            delivered: self.delivered.get(),
+            rows: sample.waiting + sample.leased,
+        };
+        let mut trend = self.trend.lock().unwrap_or_else(PoisonError::into_inner);
+        trend.add(sample, moment);
+    }
+
+    /// What the counts of the last half minute show.
+    pub fn trend(&self) -> Trend {
+        let trend = self.trend.lock().unwrap_or_else(PoisonError::into_inner);
+        trend.clone()
+    }
+
+    fn rows_appended(&self) -> u64 {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a sum of counts"
+        )]
+        let rows = self.batch_append.get_sample_sum() as u64;
+        rows
     }
 
     /// All metrics in Prometheus' text format.

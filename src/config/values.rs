@@ -169,11 +169,11 @@ pub(super) fn metrics_path(text: &str) -> Result<String, String> {
     if text.starts_with('/')
         && is_plain
         && !text.contains(['?', '#'])
-        && !matches!(text, "/healthz" | "/readyz")
+        && !matches!(text, "/healthz" | "/readyz" | "/status")
     {
         Ok(text.to_owned())
     } else {
-        Err("a path such as /metrics, other than /healthz and /readyz".into())
+        Err("a path such as /metrics, other than /healthz, /readyz and /status".into())
     }
 }
 
@@ -272,7 +272,7 @@ mod tests {
         assert_eq!(level("WARN"), Ok(LevelFilter::Warn));
         assert!(level("off").is_err());
         assert!(metrics_path("/m").is_ok());
-        for text in ["", "metrics", "/a b", "/a?b", "/healthz", "/\n"] {
+        for text in ["", "metrics", "/a b", "/a?b", "/healthz", "/status", "/\n"] {
             assert!(metrics_path(text).is_err(), "{text:?}");
         }
     }

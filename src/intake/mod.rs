@@ -35,6 +35,8 @@ pub enum Answer {
     Accepted(u16),
     /// A status and a text to go with it.
     Page(u16, Vec<u8>),
+    /// A text in JSON.
+    Json(String),
     /// 400: could never be sent on.
     Invalid(Invalid),
     /// 400: not HTTP as RFC 9112 has it, or with two possible meanings.
@@ -64,6 +66,7 @@ impl Answer {
     pub fn status(&self) -> u16 {
         match self {
             Answer::Accepted(status) | Answer::Page(status, _) => *status,
+            Answer::Json(_) => 200,
             Answer::Invalid(_) | Answer::Malformed(_) | Answer::CutShort => 400,
             Answer::Timeout => 408,
             Answer::TooLarge => 413,
@@ -94,12 +97,12 @@ impl Answer {
         }
         if !body.is_empty() {
             // Pages are for Prometheus, which wants the version of its format.
-            let version = if matches!(self, Answer::Page(..)) {
-                " version=0.0.4;"
-            } else {
-                ""
+            let media_type = match self {
+                Answer::Page(..) => "text/plain; version=0.0.4; charset=utf-8",
+                Answer::Json(_) => "application/json",
+                _ => "text/plain; charset=utf-8",
             };
-            let _ = write!(text, "Content-Type: text/plain;{version} charset=utf-8\r\n");
+            let _ = write!(text, "Content-Type: {media_type}\r\n");
         }
         if *self == Answer::Overloaded {
             let _ = write!(text, "Retry-After: {RETRY_AFTER_SECONDS}\r\n");
@@ -119,6 +122,7 @@ impl Answer {
         let why = match self {
             Answer::Accepted(_) => return Cow::Borrowed(b""),
             Answer::Page(_, text) => return Cow::Borrowed(text),
+            Answer::Json(text) => return Cow::Borrowed(text.as_bytes()),
             Answer::Invalid(why) => return Cow::Owned(format!("{why}\n").into_bytes()),
             Answer::Malformed(why) => return Cow::Owned(format!("{why}\n").into_bytes()),
             Answer::CutShort => "request is malformed or was cut short\n",

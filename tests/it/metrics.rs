@@ -3,7 +3,7 @@
 use crate::support::destination::{Answer, Destination};
 use crate::support::http;
 use crate::support::metrics;
-use crate::support::proxy::{PATIENCE, Setup};
+use crate::support::proxy::{PATIENCE, Setup, wait_until};
 
 /// Everything that is there from the start, whether anything has happened or not.
 const NAMES: [&str; 27] = [
@@ -44,6 +44,7 @@ fn endpoints_answer_as_they_are_named() {
         ("/healthz", 200, "ok\n"),
         ("/healthz?verbose", 200, "ok\n"),
         ("/readyz", 200, "ok\n"),
+        ("/status", 200, "\"state\":\"running\""),
         ("/internal/prom", 200, "asyncproxy_in_flight 0\n"),
         ("/metrics", 404, ""),
         ("/", 404, ""),
@@ -55,6 +56,8 @@ fn endpoints_answer_as_they_are_named() {
     let answer = http::get(proxy.control, "/internal/prom");
     let kind = answer.field("content-type").expect("Content-Type");
     assert!(kind.starts_with("text/plain; version=0.0.4"), "{kind}");
+    let status = http::get(proxy.control, "/status");
+    assert_eq!(status.field("content-type"), Some("application/json"));
     let post = http::request("POST", "/healthz", &[], b"");
     assert_eq!(http::exchange(proxy.control, &post).status, 405);
 }
@@ -161,4 +164,34 @@ fn what_was_accepted_can_always_be_found() {
     assert_eq!(metrics.get("asyncproxy_threads_busy{pool=\"queue\"}"), 4.0);
     assert!(metrics.get("asyncproxy_batch_rows_count{op=\"append\"}") >= 1.0);
     assert!(metrics.get("asyncproxy_held_bytes") > 0.0);
+}
+
+/// A destination that is down fills the queue; all of it and its end are seen from outside.
+#[test]
+fn status_tells_what_waits_and_why() {
+    let setup = Setup::new("http://127.0.0.1:1")
+        .set("server.enqueue_rate", 0)
+        .set("proxy.breaker_failures", 1)
+        .set("queue.handle_per_second", 30);
+    let proxy = setup.start();
+    let status = || -> serde_json::Value {
+        serde_json::from_str(&http::get(proxy.control, "/status").text()).unwrap()
+    };
+    let first = status();
+    assert_eq!(first["queue"]["rate_per_second"], 30);
+    assert_eq!(first["queue"]["rate_scope"], "instance");
+    assert_eq!(first["destination"]["breaker"], "closed");
+    assert_eq!(first["store"]["fault"], serde_json::Value::Null);
+    assert_eq!(first["spool"], serde_json::Value::Null);
+    proxy.accept(0..3);
+    wait_until("/status with all that waits", || {
+        let status = status();
+        let queue = &status["queue"];
+        let rows = queue["waiting"].as_u64().unwrap() + queue["leased"].as_u64().unwrap();
+        rows == 3
+            && queue["oldest_seconds"].as_f64().is_some()
+            && queue["arriving_per_second"].as_f64().unwrap() > 0.0
+            && status["destination"]["breaker"] == "open"
+            && status["destination"]["fault"].is_string()
+    });
 }

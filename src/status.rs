@@ -1,0 +1,123 @@
+//! What the program is at, in one picture: for `/status` on the control port, and for whoever
+//! shows it. Reads only.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::breaker::Destination;
+use crate::config::RateScope;
+use crate::metrics::Metrics;
+use crate::queue::health::StoreHealth;
+
+/// Knows where to look.
+#[derive(Debug)]
+pub struct Status {
+    pub metrics: Arc<Metrics>,
+    pub health: Arc<StoreHealth>,
+    pub destination: Arc<Destination>,
+    pub has_spool: bool,
+    pub per_second: u32,
+    pub rate_scope: RateScope,
+    pub started: Instant,
+}
+
+impl Status {
+    /// All of it, as JSON.
+    pub fn to_json(&self, is_draining: bool) -> Value {
+        let trend = self.metrics.trend();
+        let (sample, rates) = (trend.sample(), trend.rates());
+        let seconds = |duration: Duration| (duration.as_secs_f64() * 1000.0).round() / 1000.0;
+        let per_second = |rate: f64| (rate * 10.0).round() / 10.0;
+        let fault = self.destination.fault();
+        let breaker = match (&fault, self.destination.is_closed()) {
+            (Some(_), _) => "open",
+            (None, true) => "closed",
+            (None, false) => "recovering",
+        };
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "state": if is_draining { "draining" } else { "running" },
+            "uptime_seconds": seconds(self.started.elapsed()),
+            "requests": {
+                "received_per_second": per_second(rates.received),
+                "delivered_per_second": per_second(rates.delivered),
+                "in_flight": self.metrics.in_flight.get(),
+            },
+            "queue": {
+                "waiting": sample.waiting,
+                "leased": sample.leased,
+                "dead": sample.dead,
+                "oldest_seconds": sample.oldest.map(seconds),
+                "arriving_per_second": per_second(rates.arriving),
+                "leaving_per_second": per_second(rates.leaving),
+                "empty_in_seconds": rates.empty_in.map(seconds),
+                "counted_seconds_ago": trend.counted_at().map(|at| seconds(at.elapsed())),
+                "rate_per_second": self.per_second,
+                "rate_scope": match self.rate_scope {
+                    RateScope::Instance => "instance",
+                    RateScope::Cluster => "cluster",
+                },
+            },
+            "destination": { "breaker": breaker, "fault": fault },
+            "store": { "fault": self.health.fault().map(|fault| fault.to_string()) },
+            "spool": self.has_spool.then(|| json!({ "rows": self.metrics.spool.rows.get() })),
+        })
+    }
+
+    /// One line for people: rates, queue and what is wrong, if anything is.
+    pub fn to_line(&self) -> String {
+        let trend = self.metrics.trend();
+        let (sample, rates) = (trend.sample(), trend.rates());
+        let mut line = format!(
+            "{:.1} received/s, {:.1} delivered/s, {} waiting",
+            rates.received,
+            rates.delivered,
+            sample.waiting + sample.leased,
+        );
+        if let Some(oldest) = sample.oldest {
+            line += &format!(", oldest {}", about(oldest));
+        }
+        if let Some(empty_in) = rates.empty_in {
+            line += &format!(", empty in about {}", about(empty_in));
+        }
+        if let Some(fault) = self.destination.fault() {
+            line += &format!("; destination is down: {fault}");
+        }
+        if let Some(fault) = self.health.fault() {
+            line += &format!("; {fault}");
+        }
+        line
+    }
+}
+
+/// A duration in the largest unit that fits, for people: `4 s`, `17 min`, `3 h`, `2 d`.
+pub fn about(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7_200 => format!("{} min", (seconds + 30) / 60),
+        7_200..172_800 => format!("{} h", (seconds + 1_800) / 3_600),
+        _ => format!("{} d", (seconds + 43_200) / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_told_in_the_unit_that_fits() {
+        for (seconds, text) in [
+            (0, "0 s"),
+            (119, "119 s"),
+            (120, "2 min"),
+            (1000, "17 min"),
+            (7_200, "2 h"),
+            (172_800, "2 d"),
+        ] {
+            assert_eq!(about(Duration::from_secs(seconds)), text);
+        }
+    }
+}
