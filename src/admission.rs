@@ -116,7 +116,7 @@ impl Admission {
             && self
                 .enqueue
                 .as_ref()
-                .is_none_or(|bucket| self.destination.is_closed() && has_token(bucket))
+                .is_none_or(|bucket| self.destination.is_open_to_new() && has_token(bucket))
     }
 
     /// Admits a request; returns once it is in the channel, committed, or refused.
@@ -190,7 +190,7 @@ impl Admission {
         bucket: &Mutex<TokenBucket>,
         delivery: Delivery,
     ) -> Result<Admitted, Delivery> {
-        let may_go = self.destination.is_closed() && take_token(bucket);
+        let may_go = self.destination.is_open_to_new() && take_token(bucket);
         if !may_go || delivery.is_memory_scarce() {
             return Err(delivery);
         }
@@ -219,7 +219,7 @@ impl Admission {
     /// Commits a request: leased to this process and sent from memory as far as the rate, the
     /// memory and the workers allow, or else to be claimed.
     fn commit(&self, committing: &Committing, delivery: Delivery) -> Admitted {
-        let goes_direct = self.destination.is_closed()
+        let goes_direct = self.destination.is_open_to_new()
             && self.enqueue.as_ref().is_none_or(take_token)
             && !delivery.is_memory_scarce();
         if goes_direct && committing.places.try_take() {

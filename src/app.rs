@@ -27,6 +27,8 @@ use crate::intake::{Intake, builtin, tiny_http};
 use crate::metrics::Metrics;
 use crate::queue::depth::Depth;
 use crate::queue::health::StoreHealth;
+use crate::queue::migrate::Upkeep;
+use crate::queue::operate::Operate;
 use crate::queue::poller::{self, Poller, Room, Sampler, Wake};
 use crate::queue::postgres::PostgresStore;
 use crate::queue::settler::{Settlements, Settler};
@@ -122,14 +124,25 @@ fn listen(setting: &'static str, bind: &Bind) -> Result<Socket, RunError> {
 
 fn store(config: &Config) -> Arc<dyn Store> {
     let db = &config.db;
+    let upkeep = match db.migrate {
+        true => Upkeep::Migrate,
+        false => Upkeep::Check,
+    };
     match &db.database {
         // One process, whose poller keeps to the rate: that is its whole cluster.
         Database::Sqlite(path) => {
-            Arc::new(SqliteStore::new(path.clone(), db.use_index, db.timeout))
+            let store = SqliteStore::new(path.clone(), db.use_index, db.timeout);
+            Arc::new(store.with_upkeep(upkeep))
         }
         Database::Postgres(postgres) => {
             let postgres = (**postgres).clone();
-            let store = PostgresStore::new(postgres, db.max_connections, db.use_index, db.timeout);
+            let store = PostgresStore::new(
+                postgres,
+                db.max_connections,
+                db.use_index,
+                db.timeout,
+                upkeep,
+            );
             let store = match db.spool {
                 Some(_) => store.with_append_timeout(spool::APPEND_TIMEOUT),
                 None => store,
@@ -139,6 +152,24 @@ fn store(config: &Config) -> Arc<dyn Store> {
                 RateScope::Cluster => store.sharing_rate(config.queue.handle_per_second),
             })
         }
+    }
+}
+
+/// The same store for one who looks at it beside the instances that serve it.
+pub fn visited_store(config: &Config, upkeep: Upkeep) -> Arc<dyn Operate> {
+    let db = &config.db;
+    match &db.database {
+        Database::Sqlite(path) => {
+            let store = SqliteStore::new(path.clone(), db.use_index, db.timeout);
+            Arc::new(store.with_upkeep(upkeep).visiting())
+        }
+        Database::Postgres(postgres) => Arc::new(PostgresStore::new(
+            (**postgres).clone(),
+            1,
+            db.use_index,
+            db.timeout,
+            upkeep,
+        )),
     }
 }
 
@@ -411,6 +442,7 @@ fn start_store_threads(
         store: Arc::clone(store),
         health: Arc::clone(health),
         metrics: Arc::clone(metrics),
+        destination: Arc::clone(&stage.destination),
         dead_retention: config.queue.dead_retention,
         stop: stop.clone(),
     };

@@ -4,6 +4,7 @@
 //! [`Breaker`] is pure: outcomes and the time in, what may be sent out. [`Destination`] shares
 //! one among the threads, and reports what it does.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -219,6 +220,8 @@ fn failure(outcome: &Outcome) -> Option<(String, Option<Duration>)> {
 #[derive(Debug)]
 pub struct Destination {
     breaker: Mutex<Breaker>,
+    /// The queue is paused: nothing new is sent, though the destination may work.
+    is_paused: AtomicBool,
     metrics: Arc<Metrics>,
 }
 
@@ -226,6 +229,7 @@ impl Destination {
     pub fn new(failures_max: u32, metrics: Arc<Metrics>) -> Destination {
         Destination {
             breaker: Mutex::new(Breaker::new(failures_max)),
+            is_paused: AtomicBool::new(false),
             metrics,
         }
     }
@@ -259,6 +263,25 @@ impl Destination {
 
     pub fn is_closed(&self) -> bool {
         self.breaker().is_closed(Instant::now())
+    }
+
+    /// Whether new requests may go direct.
+    pub fn is_open_to_new(&self) -> bool {
+        !self.is_paused() && self.is_closed()
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.is_paused.load(Ordering::Relaxed)
+    }
+
+    /// Follows what an operator has set in the store.
+    pub fn set_paused(&self, is_paused: bool) {
+        let was_paused = self.is_paused.swap(is_paused, Ordering::Relaxed);
+        self.metrics.set_paused(is_paused);
+        if is_paused != was_paused {
+            let what = if is_paused { "paused" } else { "resumed" };
+            log::warn!("queue {what} by an operator");
+        }
     }
 
     pub fn pace(&self) -> Pace {

@@ -1,15 +1,20 @@
 //! The command line: what was asked for, and the text of `--help`.
 
 pub mod bench;
+pub mod migrate;
+pub mod printable;
+pub mod queue;
 pub mod sink;
 
 use std::ffi::OsString;
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use lexopt::{Arg, Parser, ValueExt};
 
 use crate::config::{Bind, parse_duration};
+use crate::queue::StoreError;
 use bench::Bench;
 
 pub const HELP: &str = "\
@@ -18,6 +23,10 @@ Answers HTTP requests at once and proxies each to its destination afterwards.
 Usage:
   asyncproxy [--config PATH]                  run
   asyncproxy [--config PATH] --check-config   print the effective settings, secrets masked
+  asyncproxy [--config PATH] queue ...        look into the queue: see asyncproxy queue --help
+  asyncproxy [--config PATH] migrate [--status] [--json]
+                                              bring the schema of the queue up to date, or tell
+                                              what it is at (exit status 1: not up to date)
   asyncproxy sink [--bind ADDR] [--status N] [--delay D]
                                               a destination for trying things out: prints
                                               what reaches it, answers N after D
@@ -54,8 +63,31 @@ pub enum Command {
     CheckConfig(PathBuf),
     Sink(Sink),
     Bench(Box<Bench>),
+    Queue(PathBuf, Box<queue::Queue>),
+    QueueHelp,
+    Migrate(PathBuf, migrate::Migrate),
     Help,
     Version,
+}
+
+/// Why a command was not carried out.
+#[derive(Debug)]
+pub enum Failure {
+    Failed(String),
+    /// Nobody takes the output any more, or the disk is full.
+    Output(io::Error),
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Failure {
+        Failure::Failed(error.to_string())
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Failure {
+        Failure::Output(error)
+    }
 }
 
 /// Options of `asyncproxy sink`.
@@ -86,15 +118,34 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
             Arg::Value(command) if command == "bench" && config.is_none() && !is_check => {
                 return bench::parse(&mut parser);
             }
+            Arg::Value(command) if command == "queue" && !is_check => {
+                return Ok(match queue::parse(&mut parser)? {
+                    None => Command::QueueHelp,
+                    Some(queue) => {
+                        let path = queue.config.clone().or(config);
+                        Command::Queue(or_default(path), Box::new(queue))
+                    }
+                });
+            }
+            Arg::Value(command) if command == "migrate" && !is_check => {
+                let Some((path, migrate)) = migrate::parse(&mut parser)? else {
+                    return Ok(Command::Help);
+                };
+                return Ok(Command::Migrate(or_default(path.or(config)), migrate));
+            }
             other => return Err(unexpected(other)),
         }
     }
-    let config = config.unwrap_or_else(|| PathBuf::from("config.yaml"));
+    let config = or_default(config);
     Ok(if is_check {
         Command::CheckConfig(config)
     } else {
         Command::Run(config)
     })
+}
+
+fn or_default(config: Option<PathBuf>) -> PathBuf {
+    config.unwrap_or_else(|| PathBuf::from("config.yaml"))
 }
 
 fn parse_sink(parser: &mut Parser) -> Result<Command, String> {

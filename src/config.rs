@@ -89,6 +89,7 @@ settings! {
     "db.max_connections" = "2", "a whole number", "connections to Postgres";
     "db.use_index" = "true", "true or false", "`false`: rows are claimed as they lie, not the oldest first";
     "db.timeout" = "5s", "a duration", "time for one operation of the store";
+    "db.migrate" = "true", "true or false", "`false`: the schema is left to `asyncproxy migrate`, and the store does not work until it is up to date";
     "db.spool" = "", "empty or sqlite:PATH", "a file for what Postgres does not take while it is down: `sqlite:PATH`; empty: none";
     "log.level" = "info", "a level", "`error`, `warn`, `info`, `debug` or `trace`";
 }
@@ -183,6 +184,8 @@ pub struct Db {
     pub max_connections: u32,
     pub use_index: bool,
     pub timeout: Duration,
+    /// Bring the schema up to date at the start.
+    pub migrate: bool,
     /// A SQLite file for what Postgres does not take.
     pub spool: Option<PathBuf>,
 }
@@ -416,6 +419,7 @@ fn db(raw: &Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<(Db, Vec<String
         max_connections: raw.get("db.max_connections", |text| values::integer(text, 1, 1000))?,
         use_index: raw.get("db.use_index", values::boolean)?,
         timeout: raw.get("db.timeout", values::positive_duration)?,
+        migrate: raw.get("db.migrate", values::boolean)?,
         spool: raw.get("db.spool", database::spool)?,
     };
     if db.spool.is_some() && matches!(db.database, Database::Sqlite(_)) {

@@ -1,5 +1,7 @@
 //! The control port: metrics for Prometheus, `/healthz`, `/readyz` and `/status`.
 
+pub mod ask;
+
 use std::sync::Arc;
 
 use crate::breaker::Destination;
@@ -87,6 +89,7 @@ impl Control {
         }
         let Some(fault) = self.health.fault() else {
             return match self.destination.fault() {
+                None if self.destination.is_paused() => page(200, "ok, but the queue is paused\n"),
                 None => page(200, "ok\n"),
                 Some(fault) => page(200, format!("ok, but the destination is down: {fault}\n")),
             };

@@ -1,12 +1,12 @@
 //! Arguments, logger, run, exit status; nothing else.
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::Path;
 use std::process::exit;
 
 use asyncproxy::cli::bench::Bench;
-use asyncproxy::cli::{self, Command};
+use asyncproxy::cli::{self, Command, Failure};
 use asyncproxy::config::Config;
 use asyncproxy::{app, logger};
 
@@ -27,6 +27,13 @@ fn main() {
             Err(error) => complain(format!("sink: {}: {error}", sink.bind), FAILED),
         },
         Ok(Command::Bench(options)) => bench(*options),
+        Ok(Command::QueueHelp) => print(cli::queue::HELP),
+        Ok(Command::Queue(path, queue)) => with_output(&path, |config, output| {
+            cli::queue::run(&queue, config, output).map(|()| 0)
+        }),
+        Ok(Command::Migrate(path, migrate)) => {
+            with_output(&path, |config, output| migrate.run(config, output))
+        }
     };
     // Not a return: workers may still wait for a destination, and need not be waited for.
     exit(status);
@@ -44,6 +51,26 @@ fn run(path: &Path) -> i32 {
     match app::run(&config) {
         Ok(()) => 0,
         Err(error) => complain(error, FAILED),
+    }
+}
+
+/// Runs a command that takes the settings and prints something.
+fn with_output(
+    path: &Path,
+    command: impl FnOnce(&Config, &mut dyn Write) -> Result<i32, Failure>,
+) -> i32 {
+    let config = match Config::load(path) {
+        Ok(config) => config,
+        Err(error) => return complain(error, MISUSED),
+    };
+    let mut output = BufWriter::new(std::io::stdout().lock());
+    let done = command(&config, &mut output);
+    match done.and_then(|status| Ok(output.flush().map(|()| status)?)) {
+        Ok(status) => status,
+        Err(Failure::Failed(why)) => complain(why, FAILED),
+        // Whoever read it has seen enough.
+        Err(Failure::Output(error)) if error.kind() == ErrorKind::BrokenPipe => 0,
+        Err(Failure::Output(error)) => complain(format!("output: {error}"), FAILED),
     }
 }
 

@@ -112,6 +112,7 @@ struct RowGauges {
     dead: IntGauge,
     oldest: Gauge,
     max: IntGauge,
+    paused: IntGauge,
 }
 
 /// Metrics of one path.
@@ -294,6 +295,11 @@ impl Metrics {
     pub fn set_rows_max(&self, rows_max: u64) {
         let rows_max = i64::try_from(rows_max).unwrap_or(i64::MAX);
         self.rows.max.set(rows_max);
+    }
+
+    /// Shows whether an operator has paused the queue.
+    pub fn set_paused(&self, is_paused: bool) {
+        self.rows.paused.set(i64::from(is_paused));
     }
 
     /// Takes over a count of the rows.
@@ -540,6 +546,10 @@ impl Make {
             max: self.gauge(
                 "asyncproxy_queue_rows_max",
                 "Rows that may wait or be leased (queue.max_rows); 0: no limit.",
+            )?,
+            paused: self.gauge(
+                "asyncproxy_queue_paused",
+                "1 while an operator has paused the queue, else 0.",
             )?,
         })
     }

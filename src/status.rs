@@ -47,6 +47,7 @@ impl Status {
             },
             "queue": {
                 "waiting": sample.waiting,
+                "paused": self.destination.is_paused(),
                 "leased": sample.leased,
                 "dead": sample.dead,
                 "oldest_seconds": sample.oldest.map(seconds),
@@ -81,6 +82,9 @@ impl Status {
         }
         if let Some(empty_in) = rates.empty_in {
             line += &format!(", empty in about {}", about(empty_in));
+        }
+        if self.destination.is_paused() {
+            line += "; the queue is paused";
         }
         if let Some(fault) = self.destination.fault() {
             line += &format!("; destination is down: {fault}");

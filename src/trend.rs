@@ -29,6 +29,8 @@ pub struct Rates {
     pub arriving: f64,
     /// Rows that went, whoever delivered them.
     pub leaving: f64,
+    /// Rows more than before; negative while the queue shrinks.
+    pub growth: f64,
     /// How long the queue will last if it goes on like this; `None` if it does not shrink.
     pub empty_in: Option<Duration>,
 }
@@ -52,6 +54,7 @@ impl Rates {
             arriving,
             // What others store is not known here: it would count as negative.
             leaving: (arriving - rows).max(0.0),
+            growth: rows,
             empty_in: (rows < 0.0)
                 .then(|| Duration::try_from_secs_f64(left).ok())
                 .flatten(),
@@ -118,6 +121,7 @@ mod tests {
         assert_eq!(rates.received, 10.0);
         assert_eq!(rates.arriving, 5.0);
         assert_eq!(rates.leaving, 15.0);
+        assert_eq!(rates.growth, -10.0);
         assert_eq!(rates.empty_in, Some(Duration::from_secs(90)));
         let growing = Rates::between(moment(now, 0, 0), moment(later, 0, 0)).unwrap();
         assert_eq!(growing.empty_in, None);

@@ -67,3 +67,9 @@ CREATE TABLE proxy_rate (
 
 -- Full as soon as someone asks, whatever the rate.
 INSERT INTO proxy_rate (tokens, refilled_at) VALUES (0, 'epoch');
+
+-- Holds a row while nobody is to claim anything.
+CREATE TABLE proxy_pause (
+    is_only   boolean     PRIMARY KEY DEFAULT true CHECK (is_only),
+    paused_at timestamptz NOT NULL DEFAULT now()
+);

@@ -42,3 +42,9 @@ CREATE TABLE proxy_dead_letters (
 ) STRICT;
 
 CREATE INDEX proxy_dead_letters_died_at ON proxy_dead_letters (died_at);
+
+-- Holds a row while nobody is to claim anything.
+CREATE TABLE proxy_pause (
+    is_only   INTEGER PRIMARY KEY CHECK (is_only = 1),
+    paused_at INTEGER NOT NULL
+) STRICT;

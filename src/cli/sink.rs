@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Sink;
+use super::{Sink, printable};
 use crate::budget::{Budget, Permit};
 use crate::config::shown_address;
 use crate::intake::Answer;
@@ -75,34 +75,22 @@ fn describe(received: &Received<'_>) -> String {
     let head = received.head;
     let mut text = String::new();
     // Writing to a String cannot fail.
-    let _ = writeln!(text, "{} {}", head.method, escape(head.target.as_bytes()));
+    let _ = writeln!(
+        text,
+        "{} {}",
+        head.method,
+        printable::line(head.target.as_bytes())
+    );
     for field in head.fields {
-        let _ = writeln!(text, "{}: {}", field.name, escape(field.value));
+        let _ = writeln!(text, "{}: {}", field.name, printable::line(field.value));
     }
     let body = &received.body;
     let printed = &body[..body.len().min(PRINTED_BYTES_MAX)];
-    let _ = writeln!(text, "\n{}", escape(printed));
+    let _ = writeln!(text, "\n{}", printable::text(printed));
     if body.len() > printed.len() {
         let _ = writeln!(text, "[{} bytes more]", body.len() - printed.len());
     }
     text.push('\n');
-    text
-}
-
-/// Keeps printable text and line ends, escapes the rest.
-fn escape(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len());
-    for chunk in bytes.utf8_chunks() {
-        for character in chunk.valid().chars() {
-            match character {
-                '\n' | '\\' | '"' | '\'' => text.push(character),
-                other => text.extend(other.escape_debug()),
-            }
-        }
-        for byte in chunk.invalid() {
-            let _ = write!(text, "\\x{byte:02x}");
-        }
-    }
     text
 }
 
@@ -112,15 +100,4 @@ fn print(text: &str) {
     let _ = stdout
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn nothing_steers_the_terminal() {
-        let hostile = b"a\x1b[2J\r\xff\xc3\xa9\n\"{\\}\"\x00";
-        assert_eq!(escape(hostile), "a\\u{1b}[2J\\r\\xff\u{e9}\n\"{\\}\"\\0");
-    }
 }

@@ -6,6 +6,7 @@
 pub mod depth;
 pub mod health;
 pub mod migrate;
+pub mod operate;
 pub mod poller;
 pub mod postgres;
 pub mod settler;
@@ -41,7 +42,8 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// Leases up to `limit` rows of a class that are due, oldest due first (in any order without
     /// `db.use_index`): counts the attempt and hides the row for `lease`. Takes no further row
     /// once their bodies have `bytes_max` bytes together; the first is taken in any case.
-    /// A row that cannot be read is moved to the dead letters instead.
+    /// A row that cannot be read is moved to the dead letters instead. Nothing while the queue is
+    /// paused.
     ///
     /// # Errors
     /// [`StoreError`]; rows leased all the same are due again when the lease is over.
@@ -191,6 +193,8 @@ pub struct Sample {
     pub dead: u64,
     /// Time since receipt of the oldest row that waits or is leased.
     pub oldest: Option<Duration>,
+    /// Nobody claims anything at the moment.
+    pub is_paused: bool,
 }
 
 /// Why a store did not do what was asked.

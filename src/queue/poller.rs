@@ -370,6 +370,8 @@ pub struct Sampler {
     pub store: Arc<dyn Store>,
     pub health: Arc<StoreHealth>,
     pub metrics: Arc<Metrics>,
+    /// Told whether the queue is paused.
+    pub destination: Arc<Destination>,
     /// Dead letters are kept for ever without one.
     pub dead_retention: Option<Duration>,
     pub stop: Receiver<()>,
@@ -410,6 +412,7 @@ impl Sampler {
                     let rows = sample.waiting + sample.leased;
                     self.health.depth.counted(rows);
                     self.metrics.sampled(&sample);
+                    self.destination.set_paused(sample.is_paused);
                 }
                 // A count that takes too long does not mean that nothing else works.
                 Err(error) => {

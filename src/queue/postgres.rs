@@ -6,6 +6,7 @@
 
 mod adopt;
 mod connections;
+mod operate;
 mod schema;
 mod start;
 mod statements;
@@ -18,6 +19,7 @@ use ::postgres::types::{ToSql, Type};
 use ::postgres::{Client, Config, Row};
 use uuid::Uuid;
 
+use super::migrate::Upkeep;
 use super::{
     BATCH_BYTES_MAX, ByClass, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled,
     Settlement, Store, StoreError,
@@ -54,9 +56,10 @@ impl PostgresStore {
         max_connections: u32,
         use_index: bool,
         timeout: Duration,
+        upkeep: Upkeep,
     ) -> PostgresStore {
         PostgresStore {
-            connections: Connections::new(config, max_connections, timeout),
+            connections: Connections::new(config, max_connections, timeout, upkeep),
             use_index,
             starts: ByClass {
                 fresh: Arc::default(),
@@ -419,6 +422,7 @@ fn sample(client: &mut Client) -> Result<Sample, Fault> {
         dead: count(&row, 2)?,
         // A sender's clock may be ahead of the server's.
         oldest: oldest_ms.map(|ms| Duration::from_millis(u64::try_from(ms).unwrap_or(0))),
+        is_paused: row.try_get(4)?,
     })
 }
 

@@ -4,6 +4,8 @@
 //! After any error the connection is closed, and the next call opens the file anew: whatever
 //! was wrong with it (permissions, a full or lost disk) need not be known here to recover.
 
+mod operate;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +16,7 @@ use rusqlite::{
 };
 use uuid::Uuid;
 
+use super::migrate::Upkeep;
 use super::{
     BATCH_BYTES_MAX, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled, Settlement,
     Store, StoreError, migrate,
@@ -159,7 +162,8 @@ const PURGE: &str = "DELETE FROM proxy_dead_letters WHERE seq = ?1";
 
 /// Served by the two indexes alone, and the last count by the one on `died_at`.
 const SAMPLE: &str = "
-    SELECT sum(count), sum(leased), min(oldest), (SELECT count(*) FROM proxy_dead_letters)
+    SELECT sum(count), sum(leased), min(oldest), (SELECT count(*) FROM proxy_dead_letters),
+           EXISTS (SELECT 1 FROM proxy_pause)
       FROM (
         SELECT count(*) AS count,
                coalesce(sum(leased = 1 AND next_attempt_at > ?1), 0) AS leased,
@@ -173,6 +177,10 @@ const SAMPLE: &str = "
           FROM proxy_requests INDEXED BY proxy_requests_retried
          WHERE attempt > 1
       )";
+
+const APPLIED: &str = "SELECT coalesce(max(version), 0) FROM asyncproxy_migrations";
+
+const IS_PAUSED: &str = "SELECT EXISTS (SELECT 1 FROM proxy_pause)";
 
 const CREATE_MIGRATIONS: &str = "
     CREATE TABLE IF NOT EXISTS asyncproxy_migrations (
@@ -212,6 +220,7 @@ pub struct SqliteStore {
     use_index: bool,
     timeout: Duration,
     pages_max: Option<u32>,
+    upkeep: Upkeep,
     ownership: Mutex<Ownership>,
     writer: Mutex<Option<Connection>>,
     /// Counts without holding up the writer.
@@ -226,6 +235,7 @@ impl SqliteStore {
             use_index,
             timeout,
             pages_max: None,
+            upkeep: Upkeep::Migrate,
             ownership: Mutex::default(),
             writer: Mutex::default(),
             reader: Mutex::default(),
@@ -237,6 +247,21 @@ impl SqliteStore {
     pub fn with_pages_max(self, pages_max: u32) -> SqliteStore {
         SqliteStore {
             pages_max: Some(pages_max),
+            ..self
+        }
+    }
+
+    /// Neither changes the schema nor creates the file, unless told to.
+    #[must_use]
+    pub fn with_upkeep(self, upkeep: Upkeep) -> SqliteStore {
+        SqliteStore { upkeep, ..self }
+    }
+
+    /// For one who does not serve the queue: whoever does keeps its leases.
+    #[must_use]
+    pub fn visiting(self) -> SqliteStore {
+        SqliteStore {
+            ownership: Mutex::new(Ownership::Others),
             ..self
         }
     }
@@ -271,10 +296,38 @@ impl SqliteStore {
         result.map_err(|error| self.describe(&error))
     }
 
+    /// Runs on a connection that only reads. After any error it is opened anew.
+    fn with_reader<T>(
+        &self,
+        body: impl FnOnce(&Connection) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let kept = self.reader().take();
+        let reader = match kept {
+            Some(reader) => reader,
+            None => {
+                // Whoever comes first creates the schema.
+                self.write(|_| Ok(()))?;
+                self.open(READER_CACHE_KIB)
+                    .map_err(|error| self.describe(&error))?
+            }
+        };
+        let value = body(&reader)?;
+        *self.reader() = Some(reader);
+        Ok(value)
+    }
+
     fn open_migrated(&self) -> Result<Connection, StoreError> {
-        create_private(&self.path).map_err(|error| {
-            StoreError::Unavailable(format!("{}: {error}", self.path.display()))
-        })?;
+        if self.upkeep == Upkeep::Migrate {
+            create_private(&self.path).map_err(|error| {
+                StoreError::Unavailable(format!("{}: {error}", self.path.display()))
+            })?;
+        } else if !self.path.exists() {
+            let why = format!(
+                "{}: there is no queue yet: run `asyncproxy migrate`",
+                self.path.display()
+            );
+            return Err(StoreError::Schema(why));
+        }
         let mut connection = self
             .open(WRITER_CACHE_KIB)
             .map_err(|error| self.describe(&error))?;
@@ -283,7 +336,12 @@ impl SqliteStore {
             let why = format!("{}: attempt to open a read-only file", self.path.display());
             return Err(StoreError::Unavailable(why));
         }
-        self.migrate(&mut connection)?;
+        if self.upkeep == Upkeep::Migrate {
+            self.migrate(&mut connection)?;
+        } else {
+            let applied = operate::applied(&connection).map_err(|error| self.describe(&error))?;
+            migrate::check(migrate::SQLITE, applied)?;
+        }
         self.take_over(&connection)?;
         Ok(connection)
     }
@@ -344,11 +402,7 @@ impl SqliteStore {
             .execute_batch(CREATE_MIGRATIONS)
             .map_err(describe)?;
         let applied = transaction
-            .query_row(
-                "SELECT coalesce(max(version), 0) FROM asyncproxy_migrations",
-                [],
-                |row| row.get(0),
-            )
+            .query_row(APPLIED, [], |row| row.get(0))
             .map_err(describe)?;
         for migration in migrate::pending(migrate::SQLITE, applied)? {
             transaction
@@ -422,6 +476,9 @@ impl Store for SqliteStore {
         self.write(|transaction| {
             let now = now_ms();
             let mut claim = Claim::default();
+            if transaction.query_row(IS_PAUSED, [], |row| row.get(0))? {
+                return Ok(claim);
+            }
             let mut select = transaction.prepare(match (class, self.use_index) {
                 (Class::Fresh, true) => SELECT_FRESH,
                 (Class::Retried, true) => SELECT_RETRIED,
@@ -531,37 +588,27 @@ impl Store for SqliteStore {
     }
 
     fn sample(&self) -> Result<Sample, StoreError> {
-        let kept = self.reader().take();
-        let reader = match kept {
-            Some(reader) => reader,
-            None => {
-                // Whoever comes first creates the schema.
-                self.write(|_| Ok(()))?;
-                self.open(READER_CACHE_KIB)
-                    .map_err(|error| self.describe(&error))?
-            }
-        };
         let now = now_ms();
-        let sample = reader
-            .query_row(SAMPLE, [now], |row| {
-                // Counts: never negative.
-                let count = |column| row.get(column).map(i64::unsigned_abs);
-                let (all, leased) = (count(0)?, count(1)?);
-                let oldest: Option<i64> = row.get(2)?;
-                Ok(Sample {
-                    waiting: all.saturating_sub(leased),
-                    leased,
-                    dead: count(3)?,
-                    oldest: oldest.map(|oldest| {
-                        Duration::from_millis(
-                            u64::try_from(now.saturating_sub(oldest)).unwrap_or(0),
-                        )
-                    }),
-                })
+        let sample = |row: &Row<'_>| {
+            // Counts: never negative.
+            let count = |column| row.get(column).map(i64::unsigned_abs);
+            let (all, leased) = (count(0)?, count(1)?);
+            let oldest: Option<i64> = row.get(2)?;
+            Ok(Sample {
+                waiting: all.saturating_sub(leased),
+                leased,
+                dead: count(3)?,
+                oldest: oldest.map(|oldest| {
+                    Duration::from_millis(u64::try_from(now.saturating_sub(oldest)).unwrap_or(0))
+                }),
+                is_paused: row.get(4)?,
             })
-            .map_err(|error| self.describe(&error))?;
-        *self.reader() = Some(reader);
-        Ok(sample)
+        };
+        self.with_reader(|reader| {
+            reader
+                .query_row(SAMPLE, [now], sample)
+                .map_err(|error| self.describe(&error))
+        })
     }
 }
 

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use ::postgres::{Client, SimpleQueryMessage};
+use asyncproxy::queue::migrate::Upkeep;
+use asyncproxy::queue::operate::Operate;
 use asyncproxy::queue::postgres::PostgresStore;
 use asyncproxy::queue::sqlite::SqliteStore;
 use asyncproxy::queue::{
@@ -34,7 +36,7 @@ pub type Rows = Vec<Vec<Option<String>>>;
 
 /// A database of some kind, empty at first.
 pub struct Bench {
-    open: Box<dyn Fn() -> Arc<dyn Store>>,
+    open: Box<dyn Fn() -> Arc<dyn Operate>>,
     /// Runs SQL behind the store's back.
     pub sql: Box<dyn Fn(&str)>,
     /// Runs a query there.
@@ -131,7 +133,13 @@ impl Bench {
         Bench {
             open: Box::new(move || {
                 let config = url.parse().unwrap();
-                Arc::new(adapt(PostgresStore::new(config, 5, is_ordered, TIMEOUT)))
+                Arc::new(adapt(PostgresStore::new(
+                    config,
+                    5,
+                    is_ordered,
+                    TIMEOUT,
+                    Upkeep::Migrate,
+                )))
             }),
             sql: Box::new(move |sql| sql_client.borrow_mut().batch_execute(sql).unwrap()),
             query: Box::new(move |sql| texts_of_postgres(&mut query_client.borrow_mut(), sql)),
@@ -142,6 +150,10 @@ impl Bench {
     }
 
     pub fn open(&self) -> Arc<dyn Store> {
+        (self.open)()
+    }
+
+    pub fn operate(&self) -> Arc<dyn Operate> {
         (self.open)()
     }
 }

@@ -19,6 +19,7 @@ use r2d2::{ManageConnection, NopErrorHandler, Pool};
 use r2d2_postgres::PostgresConnectionManager;
 
 use super::super::StoreError;
+use super::super::migrate::Upkeep;
 use super::schema;
 use crate::thread::Threads;
 
@@ -68,7 +69,7 @@ impl fmt::Debug for Connections {
 
 impl Connections {
     /// Connects to nothing yet.
-    pub(super) fn new(config: Config, max: u32, timeout: Duration) -> Connections {
+    pub(super) fn new(config: Config, max: u32, timeout: Duration, upkeep: Upkeep) -> Connections {
         let max = max.max(1);
         let checkout = timeout
             .min(CHECKOUT_TIMEOUT_MAX)
@@ -92,7 +93,8 @@ impl Connections {
                 pool,
                 last_error,
                 max,
-                migrated: AtomicBool::new(false),
+                upkeep,
+                migrated: AtomicBool::new(upkeep == Upkeep::None),
                 migrating: Mutex::new(()),
             }),
             jobs: bounded(0),
@@ -176,6 +178,8 @@ struct Shared {
     pool: Pool<Manager>,
     last_error: Arc<Mutex<Option<String>>>,
     max: u32,
+    upkeep: Upkeep,
+    /// Or checked.
     migrated: AtomicBool,
     migrating: Mutex<()>,
 }
@@ -220,7 +224,10 @@ impl Shared {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if !self.migrated.load(Ordering::Acquire) {
-            schema::migrate(client)?;
+            match self.upkeep {
+                Upkeep::Migrate => schema::migrate(client)?,
+                Upkeep::Check | Upkeep::None => schema::check(client)?,
+            }
             self.migrated.store(true, Ordering::Release);
         }
         Ok(())

@@ -5,6 +5,7 @@ use ::postgres::{Client, Transaction};
 
 use super::super::StoreError;
 use super::super::migrate::{self, Migration};
+use super::super::operate::Versions;
 use super::adopt::{self, Adopted};
 use super::connections::Fault;
 
@@ -16,6 +17,10 @@ const ENCODING: &str = "SELECT getdatabaseencoding()::text";
 
 /// Asked first: a role that may not create tables can still use those that are there.
 const HAS_MIGRATIONS: &str = "SELECT to_regclass('asyncproxy_migrations') IS NOT NULL";
+
+const HAS_TABLES: &str = "
+    SELECT to_regclass('asyncproxy_migrations') IS NOT NULL,
+           to_regclass('proxy_requests') IS NOT NULL";
 
 const CREATE_MIGRATIONS: &str = "
     CREATE TABLE asyncproxy_migrations (
@@ -59,6 +64,34 @@ pub(super) fn migrate(client: &mut Client) -> Result<(), Fault> {
         log::info!(waiting, dead; "took over the queue of the Go program");
     }
     Ok(())
+}
+
+/// What the schema is at, and whether there is a table that would be converted. Changes nothing.
+///
+/// # Errors
+/// The server's.
+pub(super) fn versions(client: &mut Client) -> Result<Versions, Fault> {
+    let row = client.query_typed_one(HAS_TABLES, &[])?;
+    let (has_migrations, has_table): (bool, bool) = (row.try_get(0)?, row.try_get(1)?);
+    let applied = if has_migrations {
+        client.query_typed_one(APPLIED, &[])?.try_get(0)?
+    } else {
+        0
+    };
+    Ok(Versions {
+        applied,
+        wanted: migrate::latest(migrate::POSTGRES),
+        is_go_table: has_table && applied == 0,
+    })
+}
+
+/// Whether the schema can be worked with as it is.
+///
+/// # Errors
+/// [`StoreError::Schema`] if not; otherwise the server's.
+pub(super) fn check(client: &mut Client) -> Result<(), Fault> {
+    let applied = versions(client)?.applied;
+    Ok(migrate::check(migrate::POSTGRES, applied)?)
 }
 
 fn apply(

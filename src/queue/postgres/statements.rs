@@ -31,7 +31,8 @@ pub(super) const APPEND_DEAD: &str = "
         ON CONFLICT (id) DO NOTHING";
 
 /// Rows are found and ordered by the index of their class, and updated where they were found. One
-/// that another instance changes meanwhile is skipped. No count overflows.
+/// that another instance changes meanwhile is skipped. No count overflows. The pause is looked for
+/// once, before any row.
 ///
 /// `$4`, if any, is where to begin: see [`Start`](super::start::Start).
 macro_rules! claim {
@@ -42,6 +43,7 @@ macro_rules! claim {
         SELECT ctid AS place, next_attempt_at AS due_at, octet_length(body) AS bytes
           FROM proxy_requests
          WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
+           AND NOT EXISTS (SELECT FROM proxy_pause)
            AND ",
             $class,
             "
@@ -100,6 +102,7 @@ macro_rules! claim_by_tokens {
             SELECT true
               FROM proxy_requests
              WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
+               AND NOT EXISTS (SELECT FROM proxy_pause)
                AND ",
             $class,
             "
@@ -130,6 +133,7 @@ macro_rules! claim_by_tokens {
             SELECT ctid AS place, next_attempt_at AS due_at, octet_length(body) AS bytes
               FROM proxy_requests
              WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
+               AND NOT EXISTS (SELECT FROM proxy_pause)
                AND ",
             $class,
             "
@@ -266,7 +270,8 @@ pub(super) const SAMPLE: &str = "
     SELECT sum(count)::bigint,
            sum(leased)::bigint,
            (SELECT count(*) FROM proxy_dead_letters),
-           floor(extract(epoch FROM now() - min(oldest)) * 1000)::bigint
+           floor(extract(epoch FROM now() - min(oldest)) * 1000)::bigint,
+           EXISTS (SELECT FROM proxy_pause)
       FROM (
         SELECT count(*) AS count,
                count(*) FILTER (WHERE leased AND next_attempt_at > now()) AS leased,
