@@ -25,6 +25,7 @@ use crate::direct;
 use crate::drain::Drain;
 use crate::intake::{Intake, builtin, tiny_http};
 use crate::metrics::Metrics;
+use crate::progress::{self, Progress};
 use crate::queue::depth::Depth;
 use crate::queue::health::StoreHealth;
 use crate::queue::migrate::Upkeep;
@@ -37,12 +38,17 @@ use crate::queue::sqlite::SqliteStore;
 use crate::queue::writer::{Appender, Writer};
 use crate::queue::{ByClass, Store};
 use crate::status::Status;
+use crate::systemd::Notifier;
 use crate::thread::Threads;
 use crate::upstream::Upstream;
 use crate::worker::{Deliveries, Delivery, Places, Shared, Slot, Worker};
 
 /// Heads of requests to the control port, which has no bodies.
 const CONTROL_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// How long the front may be at the connections it has heard of.
+const INTAKE_LIMIT: Duration = Duration::from_secs(30);
+/// What a stop takes beyond `server.shutdown_timeout`, at most: storing what is left.
+const STOP_TIME: Duration = Duration::from_secs(90);
 /// For scrapers and health checks.
 const CONTROL_TIMES: builtin::Times = builtin::Times {
     request: Duration::from_secs(5),
@@ -181,6 +187,8 @@ struct Stage {
     destination: Arc<Destination>,
     metrics: Arc<Metrics>,
     budget: Arc<Budget>,
+    progress: Arc<Progress>,
+    threads: Threads,
 }
 
 impl Stage {
@@ -206,6 +214,8 @@ impl Stage {
             destination: Arc::new(destination),
             metrics,
             budget: Budget::new(config.server.memory_limit),
+            progress: Arc::default(),
+            threads: Threads::default(),
         };
         Ok((stage, filled))
     }
@@ -253,6 +263,7 @@ impl Accepting {
 
 /// The running program.
 struct Running {
+    notifier: Option<Arc<Notifier>>,
     threads: Threads,
     signals: Receiver<i32>,
     accepting: Accepting,
@@ -271,25 +282,18 @@ impl Running {
         (listener, control_listener): (Socket, Socket),
         max_connections: usize,
     ) -> Result<Running, RunError> {
-        let threads = Threads::default();
         let (stage, filled) = Stage::new(config)?;
-        let signals = forward(&threads, signals)?;
+        let signals = forward(&stage.threads, signals)?;
         let (wake, woken) = Wake::new();
         let (claiming, stop) = bounded(0);
-        let (appender, settlements) = start_store_threads(&threads, &stage, config, &wake, &stop)?;
+        let (appender, settlements) = start_store_threads(&stage, config, &wake, &stop)?;
         if let (Some(spool), Some(filled)) = (&stage.spool, filled) {
-            start_mover(&threads, &stage, spool, filled, &wake, &stop)?;
+            start_mover(&stage, spool, filled, &wake, &stop)?;
         }
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let places = Arc::new(Places::new(config.proxy.num_clients));
-        let (direct_sender, direct) = start_direct(&threads, config, &stage)?;
-        let (fresh_sender, fresh) = bounded(2 * config.queue.workers);
-        let (retried_sender, retried) = bounded(2 * config.queue.workers);
-        let claimed = ByClass { fresh, retried };
-        let claimed_sender = ByClass {
-            fresh: fresh_sender,
-            retried: retried_sender,
-        };
+        let (direct_sender, direct) = start_direct(config, &stage)?;
+        let (claimed_sender, claimed) = by_class(2 * config.queue.workers);
         let (hurry_sender, hurry) = bounded(0);
         let shared = Arc::new(Shared {
             policy: config.queue.retry.clone(),
@@ -301,24 +305,21 @@ impl Running {
             metrics: Arc::clone(&stage.metrics),
             hurry,
         });
-        let slots = start_workers(&threads, config, &shared, &direct, &claimed)?;
+        let slots = start_workers(&stage, config, &shared, &direct, &claimed)?;
         let poller = new_poller(config, &stage, &room, (woken, stop), claimed_sender);
-        spawn(&threads, "poller", move || poller.run())?;
+        spawn(&stage.threads, "poller", move || poller.run())?;
         let committing = Committing {
             places: Arc::clone(&places),
             settlements: settlements.clone(),
             request_timeout: config.proxy.request_timeout,
         };
-        let intake = Arc::new(new_intake(
-            config,
-            &stage,
-            direct_sender,
-            appender,
-            committing,
-        ));
+        let intake = new_intake(config, &stage, direct_sender, appender, committing);
+        let intake = Arc::new(intake);
         // Last: from here on there is something to lose.
-        start_control(&threads, config, &stage, &intake, control_listener)?;
-        let accepting = start_intake(&threads, config, listener, max_connections, &intake)?;
+        let status = stage.status(config);
+        start_control(config, &stage, &intake, &status, control_listener)?;
+        let accepting = start_intake(&stage, config, listener, max_connections, &intake)?;
+        let notifier = tell_systemd(config, &stage, status)?;
         let drain = Drain {
             store: stage.store,
             spool: stage.spool,
@@ -332,7 +333,8 @@ impl Running {
             hurry: Some(hurry_sender),
         };
         Ok(Running {
-            threads,
+            notifier,
+            threads: stage.threads,
             signals,
             accepting,
             intake,
@@ -362,6 +364,9 @@ impl Running {
     /// Returns how many acknowledged requests are lost.
     fn drain(self, timeout: Duration, is_handed_over: bool) -> u64 {
         let deadline = Instant::now() + timeout;
+        if let Some(notifier) = &self.notifier {
+            notifier.stopping();
+        }
         self.intake.draining.store(true, Ordering::SeqCst);
         self.accepting.stop(is_handed_over);
         drop(self.claiming);
@@ -401,20 +406,28 @@ fn forward(threads: &Threads, mut signals: Signals) -> Result<Receiver<i32>, Run
 
 /// The channel of direct requests.
 fn start_direct(
-    threads: &Threads,
     config: &Config,
     stage: &Stage,
 ) -> Result<(direct::Sender<Delivery>, direct::Receiver<Delivery>), RunError> {
     let (sender, receiver, overseer) = direct::bounded(config.proxy.num_clients);
     let metrics = Arc::clone(&stage.metrics);
-    spawn(threads, "overseer", move || {
+    spawn(&stage.threads, "overseer", move || {
         overseer.run(|| metrics.attempts_made());
     })?;
     Ok((sender, receiver))
 }
 
+/// A channel for each class of claimed rows.
+fn by_class(room: usize) -> (ByClass<Sender<Delivery>>, ByClass<Receiver<Delivery>>) {
+    let ((fresh, fresh_receiver), (retried, retried_receiver)) = (bounded(room), bounded(room));
+    let receivers = ByClass {
+        fresh: fresh_receiver,
+        retried: retried_receiver,
+    };
+    (ByClass { fresh, retried }, receivers)
+}
+
 fn start_store_threads(
-    threads: &Threads,
     stage: &Stage,
     config: &Config,
     wake: &Wake,
@@ -424,6 +437,7 @@ fn start_store_threads(
         store,
         health,
         metrics,
+        threads,
         ..
     } = stage;
     let (writer, appender) = Writer::new(
@@ -434,9 +448,16 @@ fn start_store_threads(
         wake.clone(),
         config.db.timeout,
     );
+    let limit = store_limit(config);
+    stage
+        .progress
+        .watch("writer", &writer.stage, limit, || false);
     spawn(threads, "writer", move || writer.run())?;
     let (settler, settlements) =
         Settler::new(Arc::clone(store), Arc::clone(health), Arc::clone(metrics));
+    stage
+        .progress
+        .watch("settler", &settler.stage, limit, || false);
     spawn(threads, "settler", move || settler.run())?;
     let sampler = Sampler {
         store: Arc::clone(store),
@@ -450,8 +471,13 @@ fn start_store_threads(
     Ok((appender, settlements))
 }
 
+/// How long one piece of work with the store may take: some operations of `db.timeout` each, in the
+/// store and the spool, one on the heels of another.
+fn store_limit(config: &Config) -> Duration {
+    8 * config.db.timeout + Duration::from_secs(30)
+}
+
 fn start_mover(
-    threads: &Threads,
     stage: &Stage,
     spool: &Arc<Spool>,
     filled: Receiver<()>,
@@ -467,7 +493,7 @@ fn start_mover(
         wake: wake.clone(),
         stop: stop.clone(),
     };
-    spawn(threads, "mover", move || mover.run())
+    spawn(&stage.threads, "mover", move || mover.run())
 }
 
 fn new_poller(
@@ -477,6 +503,11 @@ fn new_poller(
     (woken, stop): (Receiver<()>, Receiver<()>),
     deliveries: ByClass<Sender<Delivery>>,
 ) -> Poller {
+    let poller_stage = Arc::default();
+    let limit = store_limit(config);
+    stage
+        .progress
+        .watch("poller", &poller_stage, limit, || false);
     Poller {
         store: Arc::clone(&stage.store),
         health: Arc::clone(&stage.health),
@@ -484,6 +515,7 @@ fn new_poller(
         budget: Arc::clone(&stage.budget),
         room: Arc::clone(room),
         destination: Arc::clone(&stage.destination),
+        stage: poller_stage,
         per_second: config.queue.handle_per_second,
         request_timeout: config.proxy.request_timeout,
         woken,
@@ -493,7 +525,7 @@ fn new_poller(
 }
 
 fn start_workers(
-    threads: &Threads,
+    stage: &Stage,
     config: &Config,
     shared: &Arc<Shared>,
     direct: &direct::Receiver<Delivery>,
@@ -505,23 +537,33 @@ fn start_workers(
     );
     let mut slots = Vec::new();
     let reserved = poller::reserved(config.queue.workers);
-    let mut start_one = |name: String, deliveries, busy: &IntGauge| {
+    let (proxy_stage, queue_stage) = (Arc::default(), Arc::default());
+    watch_workers(
+        config,
+        shared,
+        direct,
+        (&proxy_stage, &queue_stage),
+        &stage.progress,
+    );
+    let mut start_one = |name: String, deliveries, at_work: &Arc<_>, busy: &IntGauge| {
         let slot = Arc::new(Slot::default());
         let worker = Worker {
             shared: Arc::clone(shared),
             client: upstream.client(),
             slot: Arc::clone(&slot),
             deliveries,
+            stage: Arc::clone(at_work),
             busy: busy.clone(),
         };
         slots.push(slot);
-        spawn(threads, name, move || worker.run())
+        spawn(&stage.threads, name, move || worker.run())
     };
     for number in 1..=config.proxy.num_clients {
         let deliveries = Deliveries::Direct(direct.clone());
         start_one(
             format!("proxy-{number}"),
             deliveries,
+            &proxy_stage,
             &shared.metrics.busy_proxy,
         )?;
     }
@@ -534,10 +576,28 @@ fn start_workers(
         start_one(
             format!("queue-{number}"),
             deliveries,
+            &queue_stage,
             &shared.metrics.busy_queue,
         )?;
     }
     Ok(slots)
+}
+
+/// An attempt may be made twice, and a name may take long to resolve. Direct requests must not wait
+/// while workers are idle, either.
+fn watch_workers(
+    config: &Config,
+    shared: &Shared,
+    direct: &direct::Receiver<Delivery>,
+    (proxy, queue): (&Arc<progress::Stage>, &Arc<progress::Stage>),
+    progress: &Progress,
+) {
+    let limit = 2 * config.proxy.request_timeout + Duration::from_secs(60);
+    let (waiting, busy) = (direct.clone(), shared.metrics.busy_proxy.clone());
+    let workers = i64::try_from(config.proxy.num_clients).unwrap_or(i64::MAX);
+    let is_waited_for = move || !waiting.is_empty() && busy.get() < workers;
+    progress.watch("proxy workers", proxy, limit, is_waited_for);
+    progress.watch("queue workers", queue, limit, || false);
 }
 
 fn new_intake(
@@ -570,7 +630,7 @@ fn new_intake(
 
 /// Starts the acceptor that the settings name.
 fn start_intake(
-    threads: &Threads,
+    stage: &Stage,
     config: &Config,
     listener: Socket,
     max_connections: usize,
@@ -590,9 +650,12 @@ fn start_intake(
                 Arc::clone(intake),
                 times,
                 max_connections,
-                threads,
+                &stage.threads,
             )
             .map_err(start("intake"))?;
+            stage
+                .progress
+                .watch("intake", acceptor.stage(), INTAKE_LIMIT, || false);
             Accepting::Builtin(acceptor)
         }
         AcceptorKind::TinyHttp => {
@@ -600,7 +663,9 @@ fn start_intake(
             let acceptor = Arc::new(acceptor.map_err(start("intake"))?);
             for number in 1..=tiny_http::THREADS {
                 let acceptor = Arc::clone(&acceptor);
-                spawn(threads, format!("intake-{number}"), move || acceptor.run())?;
+                spawn(&stage.threads, format!("intake-{number}"), move || {
+                    acceptor.run()
+                })?;
             }
             Accepting::TinyHttp(acceptor)
         }
@@ -610,10 +675,10 @@ fn start_intake(
 }
 
 fn start_control(
-    threads: &Threads,
     config: &Config,
     stage: &Stage,
     intake: &Arc<Intake>,
+    status: &Arc<Status>,
     listener: Socket,
 ) -> Result<(), RunError> {
     let address = shown_address(&listener).map_err(start("control"))?;
@@ -623,7 +688,8 @@ fn start_control(
         health: Arc::clone(&stage.health),
         destination: Arc::clone(&stage.destination),
         intake: Arc::clone(intake),
-        status: stage.status(config),
+        status: Arc::clone(status),
+        progress: Arc::clone(&stage.progress),
         budget: Budget::new(CONTROL_BYTES_MAX),
     };
     builtin::Acceptor::start(
@@ -632,9 +698,29 @@ fn start_control(
         Arc::new(control),
         CONTROL_TIMES,
         control::CONNECTIONS_MAX,
-        threads,
+        &stage.threads,
     )
     .map_err(start("control"))?;
     log::info!(addr:% = address; "serving metrics and health");
     Ok(())
+}
+
+/// Says that all is up, if systemd wants to know, and goes on telling.
+fn tell_systemd(
+    config: &Config,
+    stage: &Stage,
+    status: Arc<Status>,
+) -> Result<Option<Arc<Notifier>>, RunError> {
+    let notifier = Notifier::from_env(|name| std::env::var_os(name));
+    let notifier = notifier.map_err(start("telling systemd, as NOTIFY_SOCKET asks for,"))?;
+    let Some(notifier) = notifier else {
+        return Ok(None);
+    };
+    let stop_max = config.server.shutdown_timeout + STOP_TIME;
+    let progress = Arc::clone(&stage.progress);
+    notifier
+        .start(status, progress, stop_max, &stage.threads)
+        .map_err(start("thread systemd"))?;
+    notifier.ready();
+    Ok(Some(notifier))
 }

@@ -3,12 +3,14 @@
 pub mod ask;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::breaker::Destination;
 use crate::budget::{Budget, Permit};
 use crate::intake::builtin::{Received, Service};
 use crate::intake::{Answer, Intake};
 use crate::metrics::Metrics;
+use crate::progress::Progress;
 use crate::queue::health::StoreHealth;
 use crate::status::Status;
 
@@ -24,6 +26,7 @@ pub struct Control {
     pub destination: Arc<Destination>,
     pub intake: Arc<Intake>,
     pub status: Arc<Status>,
+    pub progress: Arc<Progress>,
     pub budget: Arc<Budget>,
 }
 
@@ -41,7 +44,10 @@ impl Service for Control {
             return page(405, "only GET and HEAD\n");
         }
         match received.head.target.split('?').next().unwrap_or("") {
-            "/healthz" => page(200, "ok\n"),
+            "/healthz" => match self.progress.stuck(Instant::now()) {
+                None => page(200, "ok\n"),
+                Some(stuck) => page(503, format!("{stuck}\n")),
+            },
             "/readyz" => self.readiness(),
             "/status" => self.status(),
             path if path == self.metrics_path => self.metrics(),

@@ -136,6 +136,11 @@ impl<T> Receiver<T> {
         }
     }
 
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.channel.is_empty()
+    }
+
     /// Takes what is there without waiting.
     pub fn try_iter(&self) -> impl Iterator<Item = T> {
         self.channel.try_iter()

@@ -67,6 +67,12 @@ impl Status {
         })
     }
 
+    /// Requests in memory that are on their way, leased ones included.
+    pub fn being_sent(&self) -> i64 {
+        let metrics = &self.metrics;
+        metrics.in_flight.get() + metrics.busy_queue.get()
+    }
+
     /// One line for people: rates, queue and what is wrong, if anything is.
     pub fn to_line(&self) -> String {
         let trend = self.metrics.trend();

@@ -16,6 +16,7 @@ use crate::budget;
 use crate::direct;
 use crate::logger::LogLimit;
 use crate::metrics::{Busy, Metrics};
+use crate::progress::Stage;
 use crate::queue::poller::Room;
 use crate::queue::settler::Settlements;
 use crate::queue::writer::Appender;
@@ -230,6 +231,8 @@ pub struct Worker {
     pub client: Client,
     pub slot: Arc<Slot>,
     pub deliveries: Deliveries,
+    /// At work while a request is sent.
+    pub stage: Arc<Stage>,
     pub busy: IntGauge,
 }
 
@@ -334,7 +337,9 @@ impl Worker {
     fn attempt(&mut self, delivery: &Delivery, era: Era) -> Verdict {
         let request = &delivery.request;
         let started = Instant::now();
+        let sending = self.stage.work();
         let outcome = self.client.send(request, delivery.attempt);
+        drop(sending);
         self.shared.destination.note(era, &outcome);
         let metrics = &self.shared.metrics;
         metrics

@@ -26,6 +26,7 @@ use socket2::Socket;
 use super::Answer;
 use crate::budget::Permit;
 use crate::logger::LogLimit;
+use crate::progress::Stage;
 use crate::thread::Threads;
 use connection::{Link, Rest};
 use front::{Front, Parked};
@@ -116,6 +117,8 @@ pub struct Acceptor<S> {
     max_connections: usize,
     threads: Threads,
     parked: Parked,
+    /// The front, at work while it looks at connections.
+    stage: Arc<Stage>,
     /// Connections open now.
     open: Arc<AtomicUsize>,
     handed_over: (Sender<Handover>, Receiver<Handover>),
@@ -163,6 +166,7 @@ impl<S: Service> Acceptor<S> {
             max_connections,
             threads: threads.clone(),
             parked: Parked::new()?,
+            stage: Arc::default(),
             open: Arc::default(),
             // One place for each: never full.
             handed_over: bounded(max_connections),
@@ -202,6 +206,11 @@ impl<S: Service> Acceptor<S> {
                 seat.stop(seen);
             }
         }
+    }
+
+    /// The front, to be watched.
+    pub fn stage(&self) -> &Arc<Stage> {
+        &self.stage
     }
 
     /// Connections open now.

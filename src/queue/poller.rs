@@ -18,6 +18,7 @@ use crate::budget::Budget;
 use crate::limiter::TokenBucket;
 use crate::logger::LogLimit;
 use crate::metrics::Metrics;
+use crate::progress::Stage;
 use crate::worker::Delivery;
 
 /// Pauses between looks at an empty queue, or at a store that does not work.
@@ -161,6 +162,8 @@ pub struct Poller {
     pub budget: Arc<Budget>,
     pub room: Arc<Room>,
     pub destination: Arc<Destination>,
+    /// At work while the store is asked.
+    pub stage: Arc<Stage>,
     pub per_second: u32,
     pub request_timeout: Duration,
     pub woken: Receiver<()>,
@@ -196,6 +199,7 @@ impl Poller {
             };
             // While the store does not work, nobody but this tells when it works again.
             let looked = if limit > 0 || self.health.fault().is_some() {
+                let _work = self.stage.work();
                 self.claim_both(limit, &mut retried_at)
             } else {
                 Looked::default()

@@ -12,6 +12,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use super::health::StoreHealth;
 use super::{BATCH_ROWS_MAX, Settled, Settlement, Store};
 use crate::metrics::Metrics;
+use crate::progress::Stage;
 
 /// How long a settlement waits for others: nobody waits for it.
 const LINGER: Duration = Duration::from_millis(5);
@@ -58,6 +59,8 @@ pub struct Settler {
     health: Arc<StoreHealth>,
     metrics: Arc<Metrics>,
     settlements: Receiver<Settlement>,
+    /// At work while the store is asked.
+    pub stage: Arc<Stage>,
     pending: Arc<AtomicUsize>,
 }
 
@@ -75,6 +78,7 @@ impl Settler {
             health,
             metrics,
             settlements,
+            stage: Arc::default(),
             pending: Arc::clone(&pending),
         };
         (settler, Settlements { sender, pending })
@@ -103,7 +107,9 @@ impl Settler {
 
     fn settle(&self, batch: &[Settlement]) {
         loop {
+            let work = self.stage.work();
             let result = self.store.settle(batch);
+            drop(work);
             match self.health.note("settle", result, &self.metrics) {
                 Ok(settled) => return self.count(batch, &settled),
                 // Repeating is safe: what was settled already is stale the second time.

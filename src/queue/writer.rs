@@ -13,6 +13,7 @@ use super::poller::Wake;
 use super::spool::Spool;
 use super::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow, Store, StoreError};
 use crate::metrics::Metrics;
+use crate::progress::Stage;
 
 /// A row on its way to the store, and whoever waits for it.
 #[derive(Debug)]
@@ -113,6 +114,8 @@ pub struct Writer {
     pub health: Arc<StoreHealth>,
     pub metrics: Arc<Metrics>,
     pub wake: Wake,
+    /// At work while rows are committed.
+    pub stage: Arc<Stage>,
     appends: Receiver<Append>,
 }
 
@@ -139,6 +142,7 @@ impl Writer {
             health,
             metrics,
             wake,
+            stage: Arc::default(),
             appends: receiver,
         };
         (writer, appender)
@@ -149,6 +153,7 @@ impl Writer {
         while let Ok(first) = self.appends.recv() {
             let (rows, waiting) = self.gather(first);
             if !rows.is_empty() {
+                let _work = self.stage.work();
                 self.commit(&rows, &waiting);
             }
         }

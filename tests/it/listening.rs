@@ -100,7 +100,7 @@ fn all_addresses_are_those_of_both_families() {
 }
 
 /// What systemd does: descriptors from 3 on, told of in the environment.
-fn hand_over(setup: &Setup, names: &str, first: &TcpListener, second: &TcpListener) -> Proxy {
+pub fn hand_over(setup: &Setup, names: &str, first: &TcpListener, second: &TcpListener) -> Proxy {
     let script = format!(
         "exec 3<&0 4<&1 0</dev/null 1>&2
         export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES={names}
@@ -115,7 +115,7 @@ fn hand_over(setup: &Setup, names: &str, first: &TcpListener, second: &TcpListen
     ))
 }
 
-fn listener() -> TcpListener {
+pub fn listener() -> TcpListener {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("listen")
 }
 

@@ -48,3 +48,4 @@ mod selftest;
 mod shutdown;
 mod spool;
 mod sqlite_store;
+mod systemd;

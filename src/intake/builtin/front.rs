@@ -150,6 +150,7 @@ impl<S: Service> Front<S> {
     /// Runs until the acceptor is closed.
     pub(super) fn run(mut self) {
         let mut events = Vec::with_capacity(EVENTS_MAX);
+        let stage = Arc::clone(self.acceptor.stage());
         loop {
             events.clear();
             let timeout = self
@@ -167,6 +168,7 @@ impl<S: Service> Front<S> {
                     return;
                 }
             }
+            let _work = stage.work();
             for event in &events {
                 match { event.data }.u64() {
                     LISTENER => self.accept(),
