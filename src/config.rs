@@ -4,6 +4,7 @@
 mod address;
 mod database;
 mod raw;
+mod ssl;
 mod values;
 
 use std::fmt::Write;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use address::{Bind, RemoteUrl, shown_address};
-pub use database::Database;
+pub use database::{Database, PostgresServer};
 pub use raw::ConfigError;
 pub use values::{duration as parse_duration, positive_duration as parse_positive_duration};
 

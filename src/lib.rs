@@ -54,6 +54,7 @@ pub mod request;
 pub mod settle;
 pub mod status;
 pub mod thread;
+pub mod tls;
 pub mod trend;
 pub mod upstream;
 pub mod worker;

@@ -41,5 +41,6 @@ step() {
 step cargo fmt --check
 step cargo clippy --locked --all-targets --all-features -- -D warnings
 RUSTDOCFLAGS='-D warnings' step cargo doc --locked --no-deps --all-features
-step cargo check --locked --no-default-features
+step cargo clippy --locked --no-default-features -- -D warnings
+step cargo test --locked --no-default-features --lib
 step cargo test --locked

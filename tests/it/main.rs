@@ -45,3 +45,5 @@ mod selftest;
 mod shutdown;
 mod spool;
 mod sqlite_store;
+#[cfg(feature = "tls")]
+mod tls;
