@@ -2,10 +2,27 @@
 //!
 //! Opens no connection. One crypto provider in the whole program: ring.
 
+use std::sync::Arc;
+
 #[cfg(feature = "tls")]
 pub use rustls::ClientConfig;
 #[cfg(feature = "tls")]
 pub(crate) use with_tls::{Identity, Verification, client, roots, system_roots};
+
+/// For destinations of this scheme, by the system's roots. `None`: TLS is not spoken to them.
+///
+/// # Errors
+/// There are no roots.
+pub(crate) fn for_system(scheme: &http::uri::Scheme) -> Result<Option<Arc<ClientConfig>>, String> {
+    if *scheme != http::uri::Scheme::HTTPS {
+        return Ok(None);
+    }
+    #[cfg(feature = "tls")]
+    return client(Verification::IssuerAndName(system_roots()?), None)
+        .map(|client| Some(Arc::new(client)));
+    #[cfg(not(feature = "tls"))]
+    Err("this build has no TLS (cargo feature tls)".into())
+}
 
 /// Stands for a configuration in a build that cannot have one.
 #[cfg(not(feature = "tls"))]

@@ -13,6 +13,7 @@ missing=()
 has_postgres || missing+=(postgresql)
 # In /usr/sbin, which is not on everybody's PATH.
 [ -x /usr/sbin/pgbouncer ] || command -v pgbouncer >/dev/null || missing+=(pgbouncer)
+command -v openssl >/dev/null || missing+=(openssl)
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
 
 if [ ${#missing[@]} -gt 0 ]; then

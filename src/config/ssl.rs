@@ -1,10 +1,13 @@
-//! `sslmode` and what belongs to it in a connection string, as libpq means them.
+//! What is to be verified and shown when TLS is spoken: `proxy.ca_file` and its like, and in a connection
+//! string `sslmode` and its like, as libpq means them.
 
 use std::sync::Arc;
 
 use postgres::config::SslMode;
 
-use crate::tls::ClientConfig;
+use super::address::RemoteUrl;
+use super::raw::{ConfigError, Raw};
+use crate::tls::{self, ClientConfig};
 
 /// The keywords that are understood here.
 #[derive(Debug, Default)]
@@ -96,7 +99,7 @@ impl Ssl {
 
     #[cfg(feature = "tls")]
     fn client(self, mode: Mode) -> Result<Option<Arc<ClientConfig>>, String> {
-        use crate::tls::{self, Identity, Verification};
+        use crate::tls::{Identity, Verification};
         use std::path::Path;
 
         let roots = match self.root_cert.as_deref() {
@@ -129,4 +132,64 @@ impl Ssl {
             .map_err(|why| format!("with an sslcert and sslkey that fit: {why}"))?;
         Ok(Some(Arc::new(client)))
     }
+}
+
+const CA: &str = "proxy.ca_file";
+const CERT: &str = "proxy.client_cert_file";
+const KEY: &str = "proxy.client_key_file";
+
+/// For the destination, if it is an https one or files are given for one.
+pub(super) fn destination(
+    raw: &Raw,
+    warnings: &mut Vec<String>,
+) -> Result<Option<Arc<ClientConfig>>, ConfigError> {
+    let scheme = raw.get_secret("proxy.remote_url", RemoteUrl::parse)?.scheme;
+    let Some(first) = [CA, CERT, KEY]
+        .into_iter()
+        .find(|key| !raw.text(key).is_empty())
+    else {
+        return tls::for_system(&scheme).or_else(|why| {
+            warnings.push(format!(
+                "proxy.remote_url: no https destination is trusted: {why} or proxy.ca_file"
+            ));
+            Ok(None)
+        });
+    };
+    if scheme != http::uri::Scheme::HTTPS {
+        warnings.push(format!("{first}: not used: the destination is not https"));
+    }
+    from_files(raw, first)
+}
+
+#[cfg(not(feature = "tls"))]
+fn from_files(raw: &Raw, first: &'static str) -> Result<Option<Arc<ClientConfig>>, ConfigError> {
+    Err(raw.error(
+        first,
+        "must be empty: this build has no TLS (cargo feature tls)",
+    ))
+}
+
+#[cfg(feature = "tls")]
+fn from_files(raw: &Raw, _first: &'static str) -> Result<Option<Arc<ClientConfig>>, ConfigError> {
+    use crate::tls::{Identity, Verification};
+    use std::path::Path;
+
+    let (ca, cert, key) = (raw.text(CA), raw.text(CERT), raw.text(KEY));
+    let roots = match ca {
+        "" => tls::system_roots(),
+        path => tls::roots(Path::new(path)),
+    };
+    let roots = roots.map_err(|why| raw.error(CA, &format!("cannot be used: {why}")))?;
+    let identity = match (cert, key) {
+        ("", "") => None,
+        ("", _) => return Err(raw.error(CERT, "must be given with proxy.client_key_file")),
+        (_, "") => return Err(raw.error(KEY, "must be given with proxy.client_cert_file")),
+        (cert, key) => {
+            let identity = Identity::read(Path::new(cert), Path::new(key));
+            Some(identity.map_err(|why| raw.error(CERT, &format!("cannot be used: {why}")))?)
+        }
+    };
+    let client = tls::client(Verification::IssuerAndName(roots), identity)
+        .map_err(|why| raw.error(KEY, &format!("cannot be used: {key}: {why}")))?;
+    Ok(Some(Arc::new(client)))
 }

@@ -47,3 +47,5 @@ mod spool;
 mod sqlite_store;
 #[cfg(feature = "tls")]
 mod tls;
+#[cfg(feature = "tls")]
+mod tls_destination;
