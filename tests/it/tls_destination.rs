@@ -122,7 +122,7 @@ fn an_untrusted_destination_is_a_failed_attempt_that_says_why() {
     for (url, authority, why) in [
         (good.url("localhost"), &others, "UnknownIssuer"),
         (good.url("127.0.0.1"), &ours, "not valid for name"),
-        (expired.url("localhost"), &ours, "expired"),
+        (expired.url("localhost"), &ours, "Expired"),
     ] {
         assert_fails(&trusting(&url, authority), why);
     }
