@@ -534,6 +534,7 @@ fn start_workers(
     let upstream = Upstream::new(
         config.proxy.remote_url.clone(),
         config.proxy.request_timeout,
+        config.proxy.tls.clone(),
     );
     let mut slots = Vec::new();
     let reserved = poller::reserved(config.queue.workers);

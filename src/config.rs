@@ -4,18 +4,21 @@
 mod address;
 mod database;
 mod raw;
+mod ssl;
 mod values;
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use address::{Bind, RemoteUrl, shown_address};
-pub use database::Database;
+pub use database::{Database, PostgresServer};
 pub use raw::ConfigError;
 pub use values::{duration as parse_duration, positive_duration as parse_positive_duration};
 
 use crate::settle::RetryPolicy;
+use crate::tls::ClientConfig;
 use raw::Raw;
 
 /// One setting: what documents and error messages say of it.
@@ -74,6 +77,9 @@ settings! {
     "proxy.request_timeout" = "120s", "a duration", "time for one attempt, from connecting to the end of the answer";
     "proxy.num_clients" = "700", "a whole number", "threads that deliver direct requests, and how many more may wait for them";
     "proxy.breaker_failures" = "10", "a whole number", "failed attempts in a row after which only probes are sent until one succeeds; `0`: never";
+    "proxy.ca_file" = "", "empty or a file", "PEM file with the authorities that an https destination's certificate may be from; empty: the system's";
+    "proxy.client_cert_file" = "", "empty or a file", "PEM file with the certificate shown to an https destination, those of its issuers after it; empty: none";
+    "proxy.client_key_file" = "", "empty or a file", "PEM file with its key, without a passphrase";
     "queue.workers" = "120", "a whole number", "threads that deliver stored requests";
     "queue.handle_per_second" = "30", "a whole number", "stored requests sent a second, at most";
     "queue.rate_scope" = "instance", "instance or cluster",
@@ -155,6 +161,8 @@ pub struct Proxy {
     pub num_clients: usize,
     /// 0: none.
     pub breaker_failures: u32,
+    /// For an https destination.
+    pub tls: Option<Arc<ClientConfig>>,
 }
 
 #[derive(Debug)]
@@ -225,7 +233,7 @@ impl Config {
     }
 
     fn understand(raw: Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
-        let (db, warnings) = db(&raw, env)?;
+        let (db, mut warnings) = db(&raw, env)?;
         let config = Config {
             server: server(&raw)?,
             metrics: Metrics {
@@ -242,6 +250,7 @@ impl Config {
                 breaker_failures: raw.get("proxy.breaker_failures", |text| {
                     values::integer(text, 0, 1_000_000)
                 })?,
+                tls: ssl::destination(&raw, &mut warnings)?,
             },
             queue: queue(&raw)?,
             db,

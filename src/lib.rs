@@ -56,6 +56,7 @@ pub mod settle;
 pub mod status;
 pub mod systemd;
 pub mod thread;
+pub mod tls;
 pub mod trend;
 pub mod upstream;
 pub mod worker;

@@ -4,6 +4,8 @@
 //! needed. Retries nothing, but for a kept-alive connection that turns out to be closed.
 
 mod resolver;
+#[cfg(feature = "tls")]
+mod tls;
 mod transport;
 
 use std::io::{self, Read};
@@ -22,6 +24,7 @@ use uuid::Uuid;
 use crate::config::RemoteUrl;
 use crate::request::{ATTEMPT_HEADER, ID_HEADER, Request};
 use crate::settle::Outcome;
+use crate::tls::ClientConfig;
 use resolver::CachingResolver;
 use transport::{Pool, Tcp};
 
@@ -48,12 +51,20 @@ pub struct Upstream {
     request_timeout: Duration,
     resolver: CachingResolver,
     buffers: Arc<Pool>,
+    #[cfg_attr(not(feature = "tls"), expect(dead_code, reason = "never there"))]
+    tls: Option<Arc<ClientConfig>>,
 }
 
 impl Upstream {
-    /// `request_timeout` bounds each attempt from resolving the name to the answer's end.
-    pub fn new(remote: RemoteUrl, request_timeout: Duration) -> Upstream {
+    /// `request_timeout` bounds each attempt from resolving the name to the answer's end; `tls`
+    /// is for an https destination.
+    pub fn new(
+        remote: RemoteUrl,
+        request_timeout: Duration,
+        tls: Option<Arc<ClientConfig>>,
+    ) -> Upstream {
         Upstream {
+            tls,
             resolver: CachingResolver::new(&remote.authority),
             buffers: Pool::new(BUFFER_BYTES, BUFFER_BYTES),
             remote,
@@ -130,18 +141,17 @@ impl Upstream {
             Pool::new(BUFFER_BYTES, buffer_bytes)
         };
         let tcp = Tcp {
-            pool,
+            pool: Arc::clone(&pool),
             opened: Arc::clone(opened),
         };
         let resolver = self.resolver.clone();
         #[cfg(feature = "tls")]
-        if self.remote.scheme == Scheme::HTTPS {
-            use ureq::tls::{RootCerts, TlsConfig};
-            let tls = TlsConfig::builder()
-                .root_certs(RootCerts::PlatformVerifier)
-                .build();
-            let secured = tcp.chain(ureq::unversioned::transport::RustlsConnector::default());
-            return Agent::with_parts(config.tls_config(tls).build(), secured, resolver);
+        if let (true, Some(tls)) = (self.remote.scheme == Scheme::HTTPS, &self.tls) {
+            let secured = tcp.chain(tls::Tls {
+                config: Arc::clone(tls),
+                pool: Arc::clone(&pool),
+            });
+            return Agent::with_parts(config.build(), secured, resolver);
         }
         Agent::with_parts(config.build(), tcp, resolver)
     }

@@ -15,6 +15,7 @@ has_postgres || missing+=(postgresql)
 [ -x /usr/sbin/pgbouncer ] || command -v pgbouncer >/dev/null || missing+=(pgbouncer)
 command -v systemd-socket-activate >/dev/null || missing+=(systemd)
 command -v curl >/dev/null || missing+=(curl)
+command -v openssl >/dev/null || missing+=(openssl)
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
 
 if [ ${#missing[@]} -gt 0 ]; then
@@ -43,5 +44,6 @@ step() {
 step cargo fmt --check
 step cargo clippy --locked --all-targets --all-features -- -D warnings
 RUSTDOCFLAGS='-D warnings' step cargo doc --locked --no-deps --all-features
-step cargo check --locked --no-default-features
+step cargo clippy --locked --no-default-features -- -D warnings
+step cargo test --locked --no-default-features --lib
 step cargo test --locked

@@ -1,18 +1,41 @@
 //! `db.connection_string`: `sqlite:PATH`, a Postgres URL, or libpq keywords.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use postgres::config::{Host, SslMode};
+
+use super::ssl::Ssl;
+use crate::tls::ClientConfig;
 
 /// The store that a connection string names.
 #[derive(Debug)]
 pub enum Database {
     Sqlite(PathBuf),
-    Postgres(Box<postgres::Config>),
+    Postgres(Box<PostgresServer>),
 }
 
-/// Keywords of libpq that the client library knows. `sslmode` is dealt with here.
-const KNOWN: [&str; 16] = [
+/// A Postgres server and how to speak to it.
+#[derive(Debug, Clone)]
+pub struct PostgresServer {
+    pub config: postgres::Config,
+    /// For all connections; `None`: plain ones.
+    pub tls: Option<Arc<ClientConfig>>,
+}
+
+impl std::str::FromStr for PostgresServer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<PostgresServer, String> {
+        match parse(text, "postgres")?.database {
+            Database::Postgres(server) => Ok(*server),
+            Database::Sqlite(_) => Err("a Postgres URL or libpq keywords".into()),
+        }
+    }
+}
+
+/// Keywords of libpq that the client library knows. `sslmode` and its like are dealt with in `ssl`.
+const KNOWN: [&str; 17] = [
     "user",
     "password",
     "dbname",
@@ -29,6 +52,7 @@ const KNOWN: [&str; 16] = [
     "keepalives_retries",
     "target_session_attrs",
     "load_balance_hosts",
+    "channel_binding",
 ];
 
 const ACCEPTED: &str = "sqlite:PATH, a URL such as postgres://user:password@host/dbname, \
@@ -53,12 +77,12 @@ pub(super) fn parse(text: &str, default_user: &str) -> Result<Parsed, String> {
     }
     let mut ignored = Vec::new();
     let is_url = text.starts_with("postgres://") || text.starts_with("postgresql://");
-    let (rewritten, ssl_mode) = if is_url {
+    let (rewritten, ssl) = if is_url {
         filter_url(text, &mut ignored)
     } else {
         filter_keywords(text, &mut ignored)?
     };
-    refuse_tls(ssl_mode.as_deref())?;
+    let (ssl_mode, tls) = ssl.resolve()?;
     let mut config: postgres::Config = rewritten.parse().map_err(|error: postgres::Error| {
         let cause = std::error::Error::source(&error).map(ToString::to_string);
         format!(
@@ -66,17 +90,36 @@ pub(super) fn parse(text: &str, default_user: &str) -> Result<Parsed, String> {
             cause.unwrap_or_else(|| "this one cannot be read".into())
         )
     })?;
-    config.ssl_mode(SslMode::Disable);
-    if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
-        config.host("localhost");
-    }
+    set_hosts(&mut config);
+    let is_local = |host: &Host| matches!(host, Host::Unix(_));
+    // Nobody listens in on a unix socket: libpq disregards the mode there.
+    let is_plain = config.get_hosts().iter().all(is_local);
+    config.ssl_mode(if is_plain { SslMode::Disable } else { ssl_mode });
     if config.get_user().is_none() {
         config.user(default_user);
     }
     Ok(Parsed {
-        database: Database::Postgres(Box::new(config)),
+        database: Database::Postgres(Box::new(PostgresServer { config, tls })),
         ignored,
     })
+}
+
+/// Gives each address a name: TLS verifies the address itself if there is no other.
+fn set_hosts(config: &mut postgres::Config) {
+    if !config.get_hosts().is_empty() {
+        return;
+    }
+    let addresses: Vec<String> = config
+        .get_hostaddrs()
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    if addresses.is_empty() {
+        config.host("localhost");
+    }
+    for address in addresses {
+        config.host(&address);
+    }
 }
 
 /// `db.spool`.
@@ -103,44 +146,46 @@ fn file(path: &str, accepted: &str) -> Result<PathBuf, String> {
     }
 }
 
-fn refuse_tls(ssl_mode: Option<&str>) -> Result<(), String> {
-    match ssl_mode {
-        None | Some("disable" | "allow" | "prefer") => Ok(()),
-        Some("require" | "verify-ca" | "verify-full") => Err(
-            "without sslmode=require or above: this version has no TLS to Postgres; \
-             use a private network or a unix socket with sslmode=disable"
-                .into(),
-        ),
-        Some(_) => Err("with an sslmode of disable, allow or prefer".into()),
-    }
-}
-
-/// Keeps the parameters of a URL that are known; returns `sslmode` apart.
-fn filter_url(text: &str, ignored: &mut Vec<String>) -> (String, Option<String>) {
+/// Keeps the parameters of a URL that are known; returns `sslmode` and its like apart.
+fn filter_url(text: &str, ignored: &mut Vec<String>) -> (String, Ssl) {
+    let mut ssl = Ssl::default();
     let Some((base, query)) = text.split_once('?') else {
-        return (text.to_owned(), None);
+        return (text.to_owned(), ssl);
     };
-    let mut ssl_mode = None;
     let kept: Vec<&str> = query
         .split('&')
         .filter(|parameter| {
             let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-            if key == "sslmode" {
-                ssl_mode = Some(value.to_owned());
-            }
-            keep(key, ignored)
+            !ssl.take(key, &percent_decoded(value)) && keep(key, ignored)
         })
         .collect();
     let separator = if kept.is_empty() { "" } else { "?" };
-    (format!("{base}{separator}{}", kept.join("&")), ssl_mode)
+    (format!("{base}{separator}{}", kept.join("&")), ssl)
+}
+
+/// What is no escape stays as it is.
+fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        let escaped = (first == b'%')
+            .then(|| after.get(..2))
+            .flatten()
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        bytes.push(escaped.unwrap_or(first));
+        rest = if escaped.is_some() {
+            &after[2..]
+        } else {
+            after
+        };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// The same for keywords.
-fn filter_keywords(
-    text: &str,
-    ignored: &mut Vec<String>,
-) -> Result<(String, Option<String>), String> {
-    let mut ssl_mode = None;
+fn filter_keywords(text: &str, ignored: &mut Vec<String>) -> Result<(String, Ssl), String> {
+    let mut ssl = Ssl::default();
     let mut kept = String::new();
     let mut rest = text.trim_start();
     if rest.is_empty() {
@@ -157,21 +202,18 @@ fn filter_keywords(
             return Err(ACCEPTED.into());
         }
         let (value, after) = value(after.trim_start())?;
-        if key == "sslmode" {
-            ssl_mode = Some(value.clone());
-        }
-        if keep(key, ignored) {
+        if !ssl.take(key, &value) && keep(key, ignored) {
             let escaped = value.replace('\\', "\\\\").replace('\'', "\\'");
             kept.push_str(&format!("{key}='{escaped}' "));
         }
         rest = after.trim_start();
     }
-    Ok((kept, ssl_mode))
+    Ok((kept, ssl))
 }
 
 fn keep(key: &str, ignored: &mut Vec<String>) -> bool {
     let is_known = KNOWN.contains(&key);
-    if !is_known && !matches!(key, "sslmode" | "") {
+    if !is_known && !key.is_empty() {
         ignored.push(key.to_owned());
     }
     is_known
@@ -201,7 +243,7 @@ fn value(text: &str) -> Result<(String, &str), String> {
 pub(super) fn masked(database: &Database) -> String {
     let config = match database {
         Database::Sqlite(path) => return format!("sqlite:{}", path.display()),
-        Database::Postgres(config) => config,
+        Database::Postgres(server) => &server.config,
     };
     let join = |parts: Vec<String>| parts.join(",");
     let mut shown = Vec::new();
@@ -235,9 +277,9 @@ mod tests {
     fn postgres(text: &str) -> (postgres::Config, Vec<String>) {
         match parse(text, "me") {
             Ok(Parsed {
-                database: Database::Postgres(config),
+                database: Database::Postgres(server),
                 ignored,
-            }) => (*config, ignored),
+            }) => (server.config, ignored),
             Ok(_) => panic!("{text} is not Postgres"),
             Err(error) => panic!("{text}: {error}"),
         }
@@ -298,6 +340,53 @@ mod tests {
         let (config, _) = postgres("dbname=a");
         assert_eq!(config.get_user(), Some("me"));
         assert_eq!(config.get_hosts(), [Host::Tcp("localhost".into())]);
+    }
+
+    #[test]
+    fn sslmodes_are_libpqs() {
+        let modes = [
+            ("disable", SslMode::Disable),
+            ("allow", SslMode::Prefer),
+            ("prefer", SslMode::Prefer),
+            ("require", SslMode::Require),
+        ];
+        for (mode, expected) in modes {
+            if cfg!(not(feature = "tls")) && mode != "disable" {
+                continue;
+            }
+            let keywords = format!("host=h sslmode={mode}");
+            assert_eq!(postgres(&keywords).0.get_ssl_mode(), expected, "{keywords}");
+            let url = format!("postgres://h/d?sslmode={mode}");
+            assert_eq!(postgres(&url).0.get_ssl_mode(), expected, "{url}");
+        }
+        let (local, _) = postgres("host=/run/postgresql sslmode=prefer");
+        assert_eq!(local.get_ssl_mode(), SslMode::Disable);
+        let (addressed, _) = postgres("hostaddr=127.0.0.1");
+        assert_eq!(addressed.get_hosts(), [Host::Tcp("127.0.0.1".into())]);
+        assert_eq!(percent_decoded("%2Fa%zz%"), "/a%zz%");
+    }
+
+    #[test]
+    fn what_tls_cannot_use_is_refused() {
+        for (text, telling) in [
+            ("sslmode=sometimes", "disable, allow"),
+            ("sslmode=verify-ca", "sslrootcert=PATH"),
+            ("sslmode=verify-full", "sslrootcert=PATH"),
+            ("sslmode=require sslrootcert=system", "verify-full"),
+            ("sslmode=require sslrootcert=/no/such", "/no/such"),
+            ("sslmode=require sslrootcert=/dev/null", "no certificate"),
+            ("sslmode=require sslcert=/a", "both of"),
+        ] {
+            let text = format!("host=h password=secret {text}");
+            let error = parse(&text, "me").map(|_| ()).unwrap_err();
+            let telling =
+                match cfg!(feature = "tls") || text.contains("some") || text.contains("system") {
+                    true => telling,
+                    false => "this build has no TLS",
+                };
+            assert!(error.contains(telling), "{text}: {error}");
+            assert!(!error.contains("secret"), "{error}");
+        }
     }
 
     #[test]

@@ -263,3 +263,29 @@ fn a_missing_file_is_named() {
         "{error}"
     );
 }
+
+#[test]
+fn files_for_tls_that_cannot_be_used_are_named() {
+    for (yaml, telling) in [
+        (
+            "ca_file: /no/such",
+            "proxy.ca_file: cannot be used: /no/such: No such file",
+        ),
+        (
+            "ca_file: /dev/null",
+            "proxy.ca_file: cannot be used: /dev/null: no certificate",
+        ),
+        (
+            "ca_file: Cargo.toml\n  client_key_file: /b",
+            "proxy.ca_file",
+        ),
+    ] {
+        let yaml = format!("proxy:\n  {yaml}");
+        let error = Config::from_yaml(&yaml, &|_| None).map(|_| ()).unwrap_err();
+        let telling = match cfg!(feature = "tls") {
+            true => telling,
+            false => "this build has no TLS",
+        };
+        assert!(error.to_string().contains(telling), "{error}");
+    }
+}

@@ -10,13 +10,15 @@ mod operate;
 mod schema;
 mod start;
 mod statements;
+#[cfg(feature = "tls")]
+mod tls;
 mod tokens;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use ::postgres::types::{ToSql, Type};
-use ::postgres::{Client, Config, Row};
+use ::postgres::{Client, Row};
 use uuid::Uuid;
 
 use super::migrate::Upkeep;
@@ -24,6 +26,7 @@ use super::{
     BATCH_BYTES_MAX, ByClass, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled,
     Settlement, Store, StoreError,
 };
+use crate::config::PostgresServer;
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
 use connections::{Connections, Fault};
@@ -52,14 +55,14 @@ type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 impl PostgresStore {
     /// Connects to nothing yet. Each operation takes `timeout` at most.
     pub fn new(
-        config: Config,
+        server: PostgresServer,
         max_connections: u32,
         use_index: bool,
         timeout: Duration,
         upkeep: Upkeep,
     ) -> PostgresStore {
         PostgresStore {
-            connections: Connections::new(config, max_connections, timeout, upkeep),
+            connections: Connections::new(server, max_connections, timeout, upkeep),
             use_index,
             starts: ByClass {
                 fresh: Arc::default(),

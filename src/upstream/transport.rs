@@ -37,11 +37,7 @@ impl Connector for Tcp {
         stream.set_nodelay(true)?;
         Ok(Some(Connection {
             stream,
-            buffers: Pooled {
-                pool: Arc::clone(&self.pool),
-                memory: None,
-                has_consumed: false,
-            },
+            buffers: Pooled::new(&self.pool),
         }))
     }
 }
@@ -71,12 +67,12 @@ fn connect(addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, 
 }
 
 /// `None`: there is no limit.
-fn deadline(timeout: NextTimeout) -> Option<Instant> {
+pub(super) fn deadline(timeout: NextTimeout) -> Option<Instant> {
     Instant::now().checked_add(*timeout.after)
 }
 
 /// The time until then.
-fn left(deadline: Instant, reason: Timeout) -> Result<Duration, Error> {
+pub(super) fn left(deadline: Instant, reason: Timeout) -> Result<Duration, Error> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() {
         return Err(Error::Timeout(reason));
@@ -228,7 +224,7 @@ impl Memory {
 }
 
 /// A connection's part in the pool.
-struct Pooled {
+pub(super) struct Pooled {
     pool: Arc<Pool>,
     memory: Option<Memory>,
     /// Whether the last call of `input_consume` got on with what was there.
@@ -236,12 +232,20 @@ struct Pooled {
 }
 
 impl Pooled {
+    pub(super) fn new(pool: &Arc<Pool>) -> Pooled {
+        Pooled {
+            pool: Arc::clone(pool),
+            memory: None,
+            has_consumed: false,
+        }
+    }
+
     fn memory(&mut self) -> &mut Memory {
         self.memory.get_or_insert_with(|| self.pool.take())
     }
 
     /// Lets another have the buffers, if no input is left in them.
-    fn give_back(&mut self) {
+    pub(super) fn give_back(&mut self) {
         let is_done = |memory: &mut Memory| memory.filled == memory.consumed;
         if let Some(mut memory) = self.memory.take_if(is_done) {
             (memory.filled, memory.consumed) = (0, 0);

@@ -49,3 +49,7 @@ mod shutdown;
 mod spool;
 mod sqlite_store;
 mod systemd;
+#[cfg(feature = "tls")]
+mod tls;
+#[cfg(feature = "tls")]
+mod tls_destination;

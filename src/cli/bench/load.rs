@@ -64,9 +64,10 @@ pub fn run(bench: Bench) -> io::Result<Report> {
     let threads = Threads::default();
     let signals = signals(&threads)?;
     let (stop, stopped) = bounded(1);
+    let tls = crate::tls::for_system(&bench.remote.scheme).map_err(io::Error::other)?;
     let load = Arc::new(Load {
         request: bench.request,
-        upstream: Upstream::new(bench.remote, REQUEST_TIMEOUT),
+        upstream: Upstream::new(bench.remote, REQUEST_TIMEOUT, tls),
         schedule: bench.rate.map(|rate| Schedule::new(rate, bench.duration)),
         duration: bench.duration,
         start: OnceLock::new(),

@@ -12,8 +12,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+#[cfg(not(feature = "tls"))]
+use ::postgres::NoTls as Connector;
+use ::postgres::config::SslMode;
 use ::postgres::error::{DbError, Severity, SqlState};
-use ::postgres::{Client, Config, NoTls};
+use ::postgres::{Client, Config};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendError, Sender, TrySendError, bounded};
 use r2d2::{ManageConnection, NopErrorHandler, Pool};
 use r2d2_postgres::PostgresConnectionManager;
@@ -21,7 +24,11 @@ use r2d2_postgres::PostgresConnectionManager;
 use super::super::StoreError;
 use super::super::migrate::Upkeep;
 use super::schema;
+#[cfg(feature = "tls")]
+use super::tls::Connector;
+use crate::config::PostgresServer;
 use crate::thread::Threads;
+use crate::tls::ClientConfig;
 
 /// Longest wait for a free connection: while the server is down nobody waits longer.
 const CHECKOUT_TIMEOUT_MAX: Duration = Duration::from_secs(1);
@@ -69,16 +76,17 @@ impl fmt::Debug for Connections {
 
 impl Connections {
     /// Connects to nothing yet.
-    pub(super) fn new(config: Config, max: u32, timeout: Duration, upkeep: Upkeep) -> Connections {
+    pub(super) fn new(
+        server: PostgresServer,
+        max: u32,
+        timeout: Duration,
+        upkeep: Upkeep,
+    ) -> Connections {
         let max = max.max(1);
         let checkout = timeout
             .min(CHECKOUT_TIMEOUT_MAX)
             .max(Duration::from_millis(1));
-        let manager = Manager {
-            address: address(&config),
-            connector: PostgresConnectionManager::new(bounded_config(config, timeout), NoTls),
-            last_error: Arc::default(),
-        };
+        let manager = Manager::new(server, timeout);
         let last_error = Arc::clone(&manager.last_error);
         let pool = Pool::builder()
             .max_size(max)
@@ -253,10 +261,62 @@ struct Link {
 }
 
 struct Manager {
-    connector: PostgresConnectionManager<NoTls>,
+    connector: PostgresConnectionManager<Connector>,
+    /// For `sslmode=prefer`: what is tried after TLS has failed.
+    plain: Option<PostgresConnectionManager<Connector>>,
     address: String,
     /// Of the last try to connect; none if it succeeded.
     last_error: Arc<Mutex<Option<String>>>,
+}
+
+impl Manager {
+    fn new(server: PostgresServer, timeout: Duration) -> Manager {
+        let mut config = bounded_config(server.config, timeout);
+        if server.tls.is_none() {
+            config.ssl_mode(SslMode::Disable);
+        }
+        let plain = (config.get_ssl_mode() == SslMode::Prefer).then(|| {
+            let mut config = config.clone();
+            config.ssl_mode(SslMode::Disable);
+            PostgresConnectionManager::new(config, connector(None, timeout))
+        });
+        Manager {
+            address: address(&config),
+            connector: PostgresConnectionManager::new(config, connector(server.tls, timeout)),
+            plain,
+            last_error: Arc::default(),
+        }
+    }
+
+    /// As libpq with `sslmode=prefer`: without TLS if that fails, or if the server takes the user
+    /// only without it.
+    fn open(&self) -> Result<Client, ::postgres::Error> {
+        let result = self.connector.connect();
+        match (&result, &self.plain) {
+            (Err(error), Some(plain)) if may_be_tls(error) => plain.connect(),
+            _ => result,
+        }
+    }
+}
+
+#[cfg(feature = "tls")]
+fn connector(config: Option<Arc<ClientConfig>>, timeout: Duration) -> Connector {
+    Connector { config, timeout }
+}
+
+#[cfg(not(feature = "tls"))]
+fn connector(_config: Option<Arc<ClientConfig>>, _timeout: Duration) -> Connector {
+    Connector
+}
+
+fn may_be_tls(error: &::postgres::Error) -> bool {
+    match error.code() {
+        Some(code) => *code == SqlState::INVALID_AUTHORIZATION_SPECIFICATION,
+        // The library does not say of what kind its errors are.
+        None => error
+            .to_string()
+            .starts_with("error performing TLS handshake"),
+    }
 }
 
 impl ManageConnection for Manager {
@@ -264,7 +324,7 @@ impl ManageConnection for Manager {
     type Error = ::postgres::Error;
 
     fn connect(&self) -> Result<Link, ::postgres::Error> {
-        let result = self.connector.connect();
+        let result = self.open();
         let mut last_error = self
             .last_error
             .lock()

@@ -1,7 +1,9 @@
 //! A Postgres server of one's own, for tests that stop and start it.
 
+use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use postgres::{Client, NoTls};
 use rustix::process::{Pid, Signal, kill_process};
@@ -19,6 +21,7 @@ pub struct DedicatedCluster {
     temporary: Option<TempDir>,
     port: u16,
     server: Option<Process>,
+    tls: bool,
 }
 
 impl DedicatedCluster {
@@ -48,7 +51,43 @@ impl DedicatedCluster {
             temporary: None,
             port: free_port(),
             server: None,
+            tls: false,
         }
+    }
+
+    /// Speaks TLS from the next start on, with this certificate and key.
+    pub fn with_tls(&mut self, certificate: &Path, key: &Path) {
+        for (from, name) in [(certificate, "server.crt"), (key, "server.key")] {
+            let to = self.directory.join("data").join(name);
+            std::fs::copy(from, &to).expect("copy a certificate");
+            std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o600)).expect("chmod");
+            give_to_server_account(&to);
+        }
+        self.tls = true;
+    }
+
+    /// Demands a certificate by this authority, whose common name is the user's, from the next start on.
+    pub fn trust_clients_of(&self, authority: &Path) {
+        let data = self.directory.join("data");
+        std::fs::copy(authority, data.join("root.crt")).expect("copy a certificate");
+        give_to_server_account(&data.join("root.crt"));
+        let mut settings = std::fs::OpenOptions::new()
+            .append(true)
+            .open(data.join("postgresql.conf"))
+            .expect("postgresql.conf");
+        settings
+            .write_all(b"ssl_ca_file = 'root.crt'\n")
+            .expect("write a setting");
+        self.set_access("hostssl all all 127.0.0.1/32 cert\n");
+    }
+
+    /// Replaces `pg_hba.conf`.
+    pub fn set_access(&self, lines: &str) {
+        std::fs::write(self.directory.join("data/pg_hba.conf"), lines).expect("write pg_hba.conf");
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// Of the default database, whether the server runs or not.
@@ -65,6 +104,7 @@ impl DedicatedCluster {
                 .args(["-c", "listen_addresses=127.0.0.1"])
                 .args(["-c", "unix_socket_directories="])
                 .args(["-c", "fsync=off"])
+                .args(["-c", if self.tls { "ssl=on" } else { "ssl=off" }])
                 .args(["-p", &self.port.to_string()])
                 .current_dir(&self.directory),
         );

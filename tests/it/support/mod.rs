@@ -1,5 +1,6 @@
 //! What the tests are run with. None of it knows the program's code.
 
+pub mod certificates;
 pub mod crowd;
 pub mod dedicated;
 pub mod destination;
