@@ -41,6 +41,7 @@ mod outage;
 mod postgres_store;
 mod purge;
 mod retry;
+mod secrets;
 mod selftest;
 mod shutdown;
 mod spool;
