@@ -3,6 +3,7 @@
 
 mod address;
 mod database;
+mod files;
 mod raw;
 mod ssl;
 mod values;
@@ -269,7 +270,7 @@ impl Config {
             server, queue, raw, ..
         } = self;
         let compared = |key, other: &str, must_be| {
-            let (got, than) = (raw.text(key), raw.text(other));
+            let (got, than) = (raw.shown(key), raw.shown(other));
             raw.error(
                 key,
                 &format!("must be {must_be} {other} ({than}), got {got}"),
@@ -320,7 +321,7 @@ impl Config {
             }
             let text = match setting.key {
                 "db.connection_string" => database::masked(&self.db.database),
-                key => self.raw.text(key).to_owned(),
+                key => self.raw.shown(key).to_owned(),
             };
             let name = setting
                 .key
@@ -419,7 +420,7 @@ fn db(raw: &Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<(Db, Vec<String
     let user = env("USER").filter(|user| !user.is_empty());
     let user = user.as_deref().unwrap_or("postgres");
     let parsed = raw.get_secret(KEY, |text| database::parse(text, user))?;
-    let mut warnings = Vec::new();
+    let mut warnings = raw.warnings().to_vec();
     if !parsed.ignored.is_empty() {
         warnings.push(format!("{KEY}: ignored {}", parsed.ignored.join(", ")));
     }

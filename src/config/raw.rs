@@ -1,11 +1,12 @@
-//! Settings as text, from the YAML file and the environment, not yet understood.
+//! Settings as text, from the YAML file, credentials and the environment, not yet understood.
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 use serde_yaml::Value;
 
-use super::{SETTINGS, Setting};
+use super::{SETTINGS, Setting, files};
 
 /// What is wrong with the settings, in one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,9 +26,26 @@ fn quoted(text: &str) -> String {
     format!("{shown:?}")
 }
 
-/// All settings, each with its text and, if it came from there, its ENV name.
-#[derive(Debug)]
-pub(super) struct Raw(BTreeMap<&'static str, (String, Option<String>)>);
+/// Shown in place of what may be a secret.
+const SENSITIVE: &str = "<sensitive>";
+
+/// All settings, each with its text and, but for the YAML file, where it came from.
+pub(super) struct Raw {
+    texts: BTreeMap<&'static str, (String, Option<Source>)>,
+    warnings: Vec<String>,
+}
+
+struct Source {
+    name: String,
+    /// A file of its own: its content is not shown, it may be a secret put in the wrong place.
+    is_hidden: bool,
+}
+
+impl fmt::Debug for Raw {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(SENSITIVE)
+    }
+}
 
 impl Raw {
     /// `env` looks up an environment variable; an empty one counts as unset.
@@ -35,18 +53,83 @@ impl Raw {
         yaml: &str,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Raw, ConfigError> {
-        let mut raw = Raw(SETTINGS
-            .iter()
-            .map(|setting| (setting.key, (setting.default.to_owned(), None)))
-            .collect());
+        let mut raw = Raw {
+            texts: SETTINGS
+                .iter()
+                .map(|setting| (setting.key, (setting.default.to_owned(), None)))
+                .collect(),
+            warnings: Vec::new(),
+        };
         raw.take_yaml(yaml)?;
+        let env = |name: &str| env(name).filter(|text| !text.is_empty());
+        if let Some(directory) = env("CREDENTIALS_DIRECTORY") {
+            raw.take_credentials(Path::new(&directory))?;
+        }
         for setting in SETTINGS {
-            let name = setting.env();
-            if let Some(text) = env(&name).filter(|text| !text.is_empty()) {
-                raw.0.insert(setting.key, (text, Some(name)));
-            }
+            raw.take_env(setting, &env)?;
         }
         Ok(raw)
+    }
+
+    fn take_credentials(&mut self, directory: &Path) -> Result<(), ConfigError> {
+        for setting in SETTINGS {
+            let name = format!("credential {}", setting.key);
+            if let Some(text) = files::read(&directory.join(setting.key))
+                .map_err(|error| ConfigError(format!("{} (from {name}): {error}", setting.key)))?
+            {
+                self.take_file(setting, name, text);
+            }
+        }
+        // Only for the warnings: a directory that cannot be listed may still be read from.
+        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            // Others' credentials are none of ours.
+            if name.contains('.') && find(&name).is_none() && !nearest(&name).is_empty() {
+                self.warnings.push(format!("credential {}", unknown(&name)));
+            }
+        }
+        Ok(())
+    }
+
+    fn take_env(
+        &mut self,
+        setting: &'static Setting,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<(), ConfigError> {
+        let name = setting.env();
+        let file_name = format!("{name}_FILE");
+        match (env(&name), env(&file_name)) {
+            (None, None) => {}
+            (Some(_), Some(_)) => {
+                let what = format!("{name} and {file_name} are both set; unset one of them");
+                return Err(ConfigError(format!("{}: {what}", setting.key)));
+            }
+            (Some(text), None) => {
+                let source = Source {
+                    name,
+                    is_hidden: false,
+                };
+                self.texts.insert(setting.key, (text, Some(source)));
+            }
+            (None, Some(path)) => {
+                let text = files::read(Path::new(&path))
+                    .and_then(|text| text.ok_or_else(|| format!("{path:?}: no such file")))
+                    .map_err(|error| {
+                        ConfigError(format!("{} (from {file_name}): {error}", setting.key))
+                    })?;
+                self.take_file(setting, file_name, text);
+            }
+        }
+        Ok(())
+    }
+
+    fn take_file(&mut self, setting: &'static Setting, name: String, text: String) {
+        let source = Source {
+            name,
+            is_hidden: true,
+        };
+        self.texts.insert(setting.key, (text, Some(source)));
     }
 
     fn take_yaml(&mut self, yaml: &str) -> Result<(), ConfigError> {
@@ -99,12 +182,30 @@ impl Raw {
         };
         let text =
             text.ok_or_else(|| ConfigError(format!("{key}: must be {}", setting.accepts)))?;
-        self.0.insert(setting.key, (text, None));
+        self.texts.insert(setting.key, (text, None));
         Ok(())
     }
 
     pub(super) fn text(&self, key: &str) -> &str {
-        self.0.get(key).map_or("", |(text, _)| text)
+        self.texts.get(key).map_or("", |(text, _)| text)
+    }
+
+    pub(super) fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    fn is_hidden(&self, key: &str) -> bool {
+        let source = self.texts.get(key).and_then(|(_, source)| source.as_ref());
+        source.is_some_and(|source| source.is_hidden)
+    }
+
+    /// The text, unless it may be a secret.
+    pub(super) fn shown(&self, key: &str) -> &str {
+        if self.is_hidden(key) {
+            SENSITIVE
+        } else {
+            self.text(key)
+        }
     }
 
     /// Understands a setting. What it must be is what `parse` says.
@@ -113,6 +214,9 @@ impl Raw {
         key: &'static str,
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Result<T, ConfigError> {
+        if self.is_hidden(key) {
+            return self.get_secret(key, parse);
+        }
         parse(self.text(key)).map_err(|must_be| {
             self.error(
                 key,
@@ -131,8 +235,8 @@ impl Raw {
     }
 
     pub(super) fn error(&self, key: &str, what: &str) -> ConfigError {
-        match self.0.get(key) {
-            Some((_, Some(name))) => ConfigError(format!("{key} (from {name}): {what}")),
+        match self.texts.get(key) {
+            Some((_, Some(source))) => ConfigError(format!("{key} (from {}): {what}", source.name)),
             _ => ConfigError(format!("{key}: {what}")),
         }
     }
@@ -153,16 +257,20 @@ fn scalar(value: &Value) -> Option<String> {
 
 /// An error for a section or key that is not there, with the one that was probably meant.
 fn unknown(key: &str) -> ConfigError {
+    let nearest = nearest(key);
+    ConfigError(format!("{}: no such setting{nearest}", one_line(key)))
+}
+
+fn nearest(key: &str) -> String {
     let names = SETTINGS
         .iter()
         .flat_map(|setting| [setting.key, setting.section()]);
-    let nearest = names
+    names
         .map(|name| (strsim::damerau_levenshtein(name, key), name))
         .min()
         .filter(|(distance, _)| *distance <= 3)
         .map(|(_, name)| format!("; did you mean {name}?"))
-        .unwrap_or_default();
-    ConfigError(format!("{}: no such setting{nearest}", one_line(key)))
+        .unwrap_or_default()
 }
 
 fn one_line(text: &str) -> String {

@@ -289,3 +289,52 @@ fn files_for_tls_that_cannot_be_used_are_named() {
         assert!(error.to_string().contains(telling), "{error}");
     }
 }
+
+#[test]
+fn values_come_from_files_and_credentials_and_are_not_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().to_str().unwrap().to_owned();
+    let file = folder.path().join("rate");
+    std::fs::write(&file, "7\n").unwrap();
+    std::fs::write(folder.path().join("server.enqueue_rate"), "5\n").unwrap();
+    std::fs::write(folder.path().join("db.conection_string"), "hush").unwrap();
+    let path = file.to_str().unwrap().to_owned();
+    let load = |pairs: &[(&str, &str)]| {
+        let env = |name: &str| {
+            let pair = pairs.iter().find(|(key, _)| *key == name);
+            pair.map(|(_, value)| (*value).to_owned())
+        };
+        Config::from_yaml("server: {enqueue_rate: 3}", &env).map_err(|error| error.to_string())
+    };
+    let credentials = ("CREDENTIALS_DIRECTORY", directory.as_str());
+    let named = ("SERVER_ENQUEUE_RATE_FILE", path.as_str());
+    let rate = |pairs: &[(&str, &str)]| load(pairs).unwrap().server.enqueue_rate;
+    assert_eq!(rate(&[]), 3);
+    assert_eq!(rate(&[credentials]), 5);
+    assert_eq!(rate(&[credentials, named]), 7);
+    assert_eq!(rate(&[credentials, ("SERVER_ENQUEUE_RATE", "9")]), 9);
+    let config = load(&[credentials]).unwrap();
+    assert!(config.warnings()[0].contains("did you mean db.connection_string?"));
+
+    let both = load(&[named, ("SERVER_ENQUEUE_RATE", "9")]).unwrap_err();
+    assert!(
+        both.contains("SERVER_ENQUEUE_RATE and SERVER_ENQUEUE_RATE_FILE"),
+        "{both}"
+    );
+    let missing = load(&[("LOG_LEVEL_FILE", "/nowhere/at/all")]).unwrap_err();
+    assert!(
+        missing.starts_with("log.level (from LOG_LEVEL_FILE): \"/nowhere"),
+        "{missing}"
+    );
+    std::fs::write(&file, "hush").unwrap();
+    let wrong = load(&[named]).unwrap_err();
+    assert!(wrong.starts_with("server.enqueue_rate (from SERVER_ENQUEUE_RATE_FILE): must be"));
+    assert!(!wrong.contains("hush"), "{wrong}");
+    let spool = load(&[("METRICS_PATH_FILE", path.as_str())]).unwrap_err();
+    assert!(!spool.contains("hush"), "{spool}");
+    std::fs::write(&file, "/hush").unwrap();
+    let hidden = load(&[("METRICS_PATH_FILE", path.as_str())]).unwrap();
+    assert!(
+        !hidden.effective().contains("hush") && !format!("{:?}", hidden.server).contains("hush")
+    );
+}

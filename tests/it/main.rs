@@ -44,6 +44,7 @@ mod postgres_store;
 mod purge;
 mod queue_commands;
 mod retry;
+mod secrets;
 mod selftest;
 mod shutdown;
 mod spool;
