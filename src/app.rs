@@ -125,11 +125,13 @@ fn store(config: &Config) -> Arc<dyn Store> {
     match &db.database {
         // One process, whose poller keeps to the rate: that is its whole cluster.
         Database::Sqlite(path) => {
-            Arc::new(SqliteStore::new(path.clone(), db.use_index, db.timeout))
+            let store = SqliteStore::new(path.clone(), db.use_index, db.timeout);
+            Arc::new(store.with_policy(db.migrate))
         }
         Database::Postgres(postgres) => {
             let postgres = (**postgres).clone();
             let store = PostgresStore::new(postgres, db.max_connections, db.use_index, db.timeout);
+            let store = store.with_policy(db.migrate);
             let store = match db.spool {
                 Some(_) => store.with_append_timeout(spool::APPEND_TIMEOUT),
                 None => store,

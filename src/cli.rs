@@ -1,6 +1,7 @@
 //! The command line: what was asked for, and the text of `--help`.
 
 pub mod bench;
+pub mod migrate;
 pub mod sink;
 
 use std::ffi::OsString;
@@ -11,6 +12,7 @@ use lexopt::{Arg, Parser, ValueExt};
 
 use crate::config::{Bind, parse_duration};
 use bench::Bench;
+use migrate::Migrate;
 
 pub const HELP: &str = "\
 Answers HTTP requests at once and proxies each to its destination afterwards.
@@ -18,6 +20,9 @@ Answers HTTP requests at once and proxies each to its destination afterwards.
 Usage:
   asyncproxy [--config PATH]                  run
   asyncproxy [--config PATH] --check-config   print the effective settings, secrets masked
+  asyncproxy [--config PATH] migrate [--status] [--json]
+                                              create or change the tables of db.connection_string,
+                                              or with --status tell what is pending
   asyncproxy sink [--bind ADDR] [--status N] [--delay D]
                                               a destination for trying things out: prints
                                               what reaches it, answers N after D
@@ -27,6 +32,8 @@ Usage:
 
 Options:
   --config PATH    settings, in YAML                      [./config.yaml]
+  --status         write nothing, exit with 1 if something is pending
+  --json           print JSON
   --bind ADDR      host:port, or :port for all addresses  [:5000]
   --status N       status to answer with                  [200]
   --delay D        time before the answer: 500ms, 1m30s   [0s]
@@ -52,6 +59,7 @@ and answered 2xx; 1 not so, or could not start.
 pub enum Command {
     Run(PathBuf),
     CheckConfig(PathBuf),
+    Migrate(PathBuf, Migrate),
     Sink(Sink),
     Bench(Box<Bench>),
     Help,
@@ -80,6 +88,9 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
             Arg::Long("check-config") => is_check = true,
             Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
             Arg::Long("version") | Arg::Short('V') => return Ok(Command::Version),
+            Arg::Value(command) if command == "migrate" && !is_check => {
+                return parse_migrate(&mut parser, config);
+            }
             Arg::Value(command) if command == "sink" && config.is_none() && !is_check => {
                 return parse_sink(&mut parser);
             }
@@ -89,12 +100,30 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
             other => return Err(unexpected(other)),
         }
     }
-    let config = config.unwrap_or_else(|| PathBuf::from("config.yaml"));
+    let config = or_default(config);
     Ok(if is_check {
         Command::CheckConfig(config)
     } else {
         Command::Run(config)
     })
+}
+
+fn or_default(config: Option<PathBuf>) -> PathBuf {
+    config.unwrap_or_else(|| PathBuf::from("config.yaml"))
+}
+
+fn parse_migrate(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Command, String> {
+    let mut migrate = Migrate::default();
+    while let Some(argument) = next(parser)? {
+        match argument {
+            Arg::Long("config") => config = Some(PathBuf::from(value(parser)?)),
+            Arg::Long("status") => migrate.status = true,
+            Arg::Long("json") => migrate.json = true,
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
+            other => return Err(unexpected(other)),
+        }
+    }
+    Ok(Command::Migrate(or_default(config), migrate))
 }
 
 fn parse_sink(parser: &mut Parser) -> Result<Command, String> {
@@ -170,6 +199,17 @@ mod tests {
             ("sink --help", Command::Help),
             ("bench --help", Command::Help),
             ("--version", Command::Version),
+        ] {
+            assert_eq!(parse_line(line), Ok(command), "{line}");
+        }
+        let migrate = |path: &str, status, json| {
+            Command::Migrate(path.into(), Migrate { status, json })
+        };
+        for (line, command) in [
+            ("migrate", migrate("config.yaml", false, false)),
+            ("migrate --status", migrate("config.yaml", true, false)),
+            ("--config a migrate --json", migrate("a", false, true)),
+            ("migrate --config a", migrate("a", false, false)),
         ] {
             assert_eq!(parse_line(line), Ok(command), "{line}");
         }

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::exit;
 
 use asyncproxy::cli::bench::Bench;
+use asyncproxy::cli::migrate::Migrate;
 use asyncproxy::cli::{self, Command};
 use asyncproxy::config::Config;
 use asyncproxy::{app, logger};
@@ -22,6 +23,7 @@ fn main() {
         Ok(Command::Version) => print(concat!("asyncproxy ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Command::CheckConfig(path)) => check_config(&path),
         Ok(Command::Run(path)) => run(&path),
+        Ok(Command::Migrate(path, options)) => migrate(&path, options),
         Ok(Command::Sink(sink)) => match cli::sink::run(&sink) {
             Ok(()) => 0,
             Err(error) => complain(format!("sink: {}: {error}", sink.bind), FAILED),
@@ -56,6 +58,20 @@ fn check_config(path: &Path) -> i32 {
             print(&config.effective())
         }
         Err(error) => complain(error, MISUSED),
+    }
+}
+
+fn migrate(path: &Path, options: Migrate) -> i32 {
+    let config = match Config::load(path) {
+        Ok(config) => config,
+        Err(error) => return complain(error, MISUSED),
+    };
+    match cli::migrate::run(&config, options) {
+        Ok(outcome) => {
+            let printed = print(&outcome.text);
+            if outcome.is_current { printed } else { FAILED }
+        }
+        Err(error) => complain(format!("migrate: {error}"), FAILED),
     }
 }
 

@@ -19,6 +19,60 @@ pub const POSTGRES: &[Migration] = &[Migration {
     sql: include_str!("../../migrations/postgres/0001_queue.sql"),
 }];
 
+/// What a store does about a schema that is not at this program's version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Policy {
+    /// Applies what is pending.
+    Apply,
+    /// Changes nothing, and does not work until someone else has applied it.
+    Require,
+}
+
+/// Of which version a schema is, 0: none yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Version {
+    pub applied: i64,
+    pub wanted: i64,
+}
+
+impl Version {
+    pub(super) fn new(all: &'static [Migration], applied: i64) -> Version {
+        let wanted = i64::try_from(all.len()).unwrap_or(i64::MAX);
+        Version { applied, wanted }
+    }
+
+    /// # Errors
+    /// [`StoreError::Schema`] if it is not the one that this program works with.
+    pub fn require(self) -> Result<(), StoreError> {
+        let Version { applied, wanted } = self;
+        if applied == wanted {
+            return Ok(());
+        }
+        let remedy = match applied < wanted {
+            true => "run asyncproxy migrate",
+            false => "run the newer program",
+        };
+        Err(StoreError::Schema(format!(
+            "it has version {applied}, this program wants {wanted}: {remedy}"
+        )))
+    }
+}
+
+/// A migration that was applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    pub version: i64,
+    /// The rows of the Go program that it converted.
+    pub adopted: Option<Adopted>,
+}
+
+/// Rows taken over from the Go program.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Adopted {
+    pub waiting: u64,
+    pub dead: u64,
+}
+
 /// What is still to be applied to a schema at version `applied` (0: none yet).
 ///
 /// # Errors
@@ -48,6 +102,20 @@ mod tests {
             for (index, migration) in all.iter().enumerate() {
                 assert_eq!(migration.version, i64::try_from(index).unwrap() + 1);
             }
+        }
+    }
+
+    #[test]
+    fn only_the_wanted_version_is_worked_with() {
+        let require = |applied| Version { applied, wanted: 2 }.require();
+        assert_eq!(require(2), Ok(()));
+        for (applied, remedy) in [(0, "migrate"), (1, "migrate"), (3, "newer")] {
+            let error = require(applied).unwrap_err().to_string();
+            let version = format!("version {applied}, this program wants 2: run");
+            assert!(
+                error.contains(&version) && error.contains(remedy),
+                "{error}"
+            );
         }
     }
 

@@ -18,6 +18,7 @@ use ::postgres::types::{ToSql, Type};
 use ::postgres::{Client, Config, Row};
 use uuid::Uuid;
 
+use super::migrate::{Policy, Step, Version};
 use super::{
     BATCH_BYTES_MAX, ByClass, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled,
     Settlement, Store, StoreError,
@@ -77,6 +78,15 @@ impl PostgresStore {
         }
     }
 
+    /// Leaves the schema to `asyncproxy migrate`, if the policy is so.
+    #[must_use]
+    pub fn with_policy(self, policy: Policy) -> PostgresStore {
+        if policy == Policy::Require {
+            self.connections.never_migrate();
+        }
+        self
+    }
+
     /// Claims at most so many rows a second, and a second's worth at once, together with all
     /// other stores on the database that do so.
     #[must_use]
@@ -94,6 +104,24 @@ impl PostgresStore {
     ) -> Result<T, StoreError> {
         self.connections.run(timeout, operation, |_, _| Ok(()))
     }
+}
+
+/// Applies what is pending to a database, however long that takes; `timeout` is for connecting.
+///
+/// # Errors
+/// [`StoreError`]; nothing has changed then.
+pub fn migrate(config: &Config, timeout: Duration) -> Result<Vec<Step>, StoreError> {
+    let mut client = connections::connect(config, timeout)?;
+    schema::migrate(&mut client).map_err(connections::describe)
+}
+
+/// Reads the version of a database's schema, and changes nothing.
+///
+/// # Errors
+/// [`StoreError`].
+pub fn version(config: &Config, timeout: Duration) -> Result<Version, StoreError> {
+    let mut client = connections::connect(config, timeout)?;
+    schema::version(&mut client).map_err(connections::describe)
 }
 
 impl Store for PostgresStore {

@@ -36,6 +36,7 @@ mod kills;
 mod listening;
 mod log;
 mod metrics;
+mod migrate;
 mod model;
 mod outage;
 mod postgres_store;

@@ -92,12 +92,18 @@ impl Connections {
                 pool,
                 last_error,
                 max,
+                migrates: AtomicBool::new(true),
                 migrated: AtomicBool::new(false),
                 migrating: Mutex::new(()),
             }),
             jobs: bounded(0),
             threads: Mutex::default(),
         }
+    }
+
+    /// From now on the schema is only looked at.
+    pub(super) fn never_migrate(&self) {
+        self.shared.migrates.store(false, Ordering::Release);
     }
 
     /// Runs `operation` for `timeout` at most, again on another connection if the one it got had died while idle: so
@@ -176,6 +182,8 @@ struct Shared {
     pool: Pool<Manager>,
     last_error: Arc<Mutex<Option<String>>>,
     max: u32,
+    /// Whether the schema may be changed; else it must be right.
+    migrates: AtomicBool,
     migrated: AtomicBool,
     migrating: Mutex<()>,
 }
@@ -220,7 +228,10 @@ impl Shared {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if !self.migrated.load(Ordering::Acquire) {
-            schema::migrate(client)?;
+            match self.migrates.load(Ordering::Acquire) {
+                true => schema::migrate_at_start(client)?,
+                false => schema::version(client)?.require()?,
+            }
             self.migrated.store(true, Ordering::Release);
         }
         Ok(())
@@ -236,6 +247,18 @@ impl Shared {
             None => StoreError::Unavailable("no connection".into()),
         }
     }
+}
+
+/// One connection for a command, which waits for its answers without a limit.
+///
+/// # Errors
+/// [`StoreError::Unavailable`], with the hosts that were tried.
+pub(super) fn connect(config: &Config, timeout: Duration) -> Result<Client, StoreError> {
+    bounded_config(config.clone(), timeout)
+        .connect(NoTls)
+        .map_err(|error| {
+            StoreError::Unavailable(format!("{}: {}", address(config), one_line(&error)))
+        })
 }
 
 /// A connection. Dropped, not reused, once it is `broken`.
@@ -344,7 +367,7 @@ fn is_fatal(error: &DbError) -> bool {
     ) || matches!(error.severity(), "FATAL" | "PANIC")
 }
 
-fn describe(fault: Fault) -> StoreError {
+pub(super) fn describe(fault: Fault) -> StoreError {
     let error = match fault {
         Fault::Store(error) => return error,
         Fault::Postgres(error) => error,
