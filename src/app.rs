@@ -84,24 +84,64 @@ impl fmt::Display for RunError {
 
 impl std::error::Error for RunError {}
 
-/// Runs until told to stop.
+/// Runs until a signal tells it to stop.
 ///
 /// # Errors
-/// [`RunError`]; after [`RunError::Thread`] all has been drained as at any stop.
+/// As [`App::start`] and [`App::run`].
 pub fn run(config: &Config) -> Result<(), RunError> {
     let signals = Signals::new([SIGTERM, SIGINT]).map_err(start("signal handling"))?;
-    let listener = listen("server.bind", &config.server.bind)?;
-    let control_listener = listen("metrics.bind", &config.metrics.bind)?;
-    let max_connections = descriptors::raise_limit(config);
-    let listeners = (listener, control_listener);
-    let running = Running::start(config, signals, listeners, max_connections)?;
-    let ended = running.wait();
-    let is_handed_over = matches!(config.server.bind, Bind::Systemd(_));
-    let lost = running.drain(config.server.shutdown_timeout, is_handed_over);
-    match (ended, lost) {
-        (_, 1..) => Err(RunError::Lost(lost)),
-        (Some(thread), 0) => Err(RunError::Thread(thread)),
-        (None, 0) => Ok(()),
+    let threads = Threads::default();
+    let stop = forward(&threads, signals)?;
+    App::start(config, threads, stop)?.run()
+}
+
+/// All of it, started; in a process that may do other things beside.
+#[allow(missing_debug_implementations, reason = "threads and channels")]
+pub struct App {
+    running: Running,
+    address: String,
+    shutdown_timeout: Duration,
+    is_handed_over: bool,
+}
+
+impl App {
+    /// Listens, and begins to serve. A number received from `stop` is a signal.
+    ///
+    /// # Errors
+    /// [`RunError`].
+    pub fn start(config: &Config, threads: Threads, stop: Receiver<i32>) -> Result<App, RunError> {
+        let listener = listen("server.bind", &config.server.bind)?;
+        let control_listener = listen("metrics.bind", &config.metrics.bind)?;
+        let address = shown_address(&listener).map_err(start("intake"))?;
+        let max_connections = descriptors::raise_limit(config);
+        let listeners = (listener, control_listener);
+        Ok(App {
+            running: Running::start(config, (threads, stop), listeners, max_connections)?,
+            address,
+            shutdown_timeout: config.server.shutdown_timeout,
+            is_handed_over: matches!(config.server.bind, Bind::Systemd(_)),
+        })
+    }
+
+    /// Where requests are taken, as [`shown_address`] has it.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Waits for a signal, and ends in good order.
+    ///
+    /// # Errors
+    /// [`RunError`]; after [`RunError::Thread`] all has been drained as at any stop.
+    pub fn run(self) -> Result<(), RunError> {
+        let ended = self.running.wait();
+        let lost = self
+            .running
+            .drain(self.shutdown_timeout, self.is_handed_over);
+        match (ended, lost) {
+            (_, 1..) => Err(RunError::Lost(lost)),
+            (Some(thread), 0) => Err(RunError::Thread(thread)),
+            (None, 0) => Ok(()),
+        }
     }
 }
 
@@ -238,13 +278,11 @@ struct Running {
 impl Running {
     fn start(
         config: &Config,
-        signals: Signals,
+        (threads, signals): (Threads, Receiver<i32>),
         (listener, control_listener): (Socket, Socket),
         max_connections: usize,
     ) -> Result<Running, RunError> {
-        let threads = Threads::default();
         let (stage, filled) = Stage::new(config)?;
-        let signals = forward(&threads, signals)?;
         let (wake, woken) = Wake::new();
         let (claiming, stop) = bounded(0);
         let (appender, settlements) = start_store_threads(&threads, &stage, config, &wake, &stop)?;

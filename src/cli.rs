@@ -1,6 +1,7 @@
 //! The command line: what was asked for, and the text of `--help`.
 
 pub mod bench;
+pub mod demo;
 pub mod migrate;
 pub mod sink;
 
@@ -12,6 +13,7 @@ use lexopt::{Arg, Parser, ValueExt};
 
 use crate::config::{Bind, parse_duration};
 use bench::Bench;
+use demo::Demo;
 use migrate::Migrate;
 
 pub const HELP: &str = "\
@@ -20,6 +22,8 @@ Answers HTTP requests at once and proxies each to its destination afterwards.
 Usage:
   asyncproxy [--config PATH]                  run
   asyncproxy [--config PATH] --check-config   print the effective settings, secrets masked
+  asyncproxy demo [--seconds N]               see it work: proxy, sender and a destination that
+                                              goes down for a while, all in this process
   asyncproxy [--config PATH] migrate [--status] [--json]
                                               create or change the tables of db.connection_string,
                                               or with --status tell what is pending
@@ -32,6 +36,7 @@ Usage:
 
 Options:
   --config PATH    settings, in YAML                      [./config.yaml]
+  --seconds N      how long webhooks are sent, 8 to 3600  [15]
   --status         write nothing, exit with 1 if something is pending
   --json           print JSON
   --bind ADDR      host:port, or :port for all addresses  [:5000]
@@ -50,7 +55,7 @@ Each setting can be given as an environment variable, too: server.bind as SERVER
 LOG_COLOR=false keeps colours out of the log.
 
 Exit status: 0 stopped, and nothing that was acknowledged is lost; 1 could not start or go on,
-or lost something; 2 wrong arguments or settings. bench: 0 each request that was due was sent
+or lost something; 2 wrong arguments or settings. demo: 0 all was delivered. bench: 0 each request that was due was sent
 and answered 2xx; 1 not so, or could not start.
 ";
 
@@ -59,6 +64,7 @@ and answered 2xx; 1 not so, or could not start.
 pub enum Command {
     Run(PathBuf),
     CheckConfig(PathBuf),
+    Demo(Demo),
     Migrate(PathBuf, Migrate),
     Sink(Sink),
     Bench(Box<Bench>),
@@ -91,6 +97,9 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
             Arg::Value(command) if command == "migrate" && !is_check => {
                 return parse_migrate(&mut parser, config);
             }
+            Arg::Value(command) if command == "demo" && config.is_none() && !is_check => {
+                return parse_demo(&mut parser);
+            }
             Arg::Value(command) if command == "sink" && config.is_none() && !is_check => {
                 return parse_sink(&mut parser);
             }
@@ -110,6 +119,23 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
 
 fn or_default(config: Option<PathBuf>) -> PathBuf {
     config.unwrap_or_else(|| PathBuf::from("config.yaml"))
+}
+
+fn parse_demo(parser: &mut Parser) -> Result<Command, String> {
+    let mut demo = Demo::default();
+    while let Some(argument) = next(parser)? {
+        match argument {
+            Arg::Long("seconds") => {
+                let seconds = text(parser)?.parse().ok();
+                demo.seconds = seconds
+                    .filter(|seconds| demo::SECONDS.contains(seconds))
+                    .ok_or("--seconds: must be a whole number from 8 to 3600")?;
+            }
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
+            other => return Err(unexpected(other)),
+        }
+    }
+    Ok(Command::Demo(demo))
 }
 
 fn parse_migrate(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Command, String> {
@@ -195,6 +221,8 @@ mod tests {
                 "--check-config --config=a",
                 Command::CheckConfig("a".into()),
             ),
+            ("demo", Command::Demo(Demo { seconds: 15 })),
+            ("demo --seconds 8", Command::Demo(Demo { seconds: 8 })),
             ("-h", Command::Help),
             ("sink --help", Command::Help),
             ("bench --help", Command::Help),
@@ -202,9 +230,8 @@ mod tests {
         ] {
             assert_eq!(parse_line(line), Ok(command), "{line}");
         }
-        let migrate = |path: &str, status, json| {
-            Command::Migrate(path.into(), Migrate { status, json })
-        };
+        let migrate =
+            |path: &str, status, json| Command::Migrate(path.into(), Migrate { status, json });
         for (line, command) in [
             ("migrate", migrate("config.yaml", false, false)),
             ("migrate --status", migrate("config.yaml", true, false)),

@@ -421,7 +421,11 @@ fn db(raw: &Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<(Db, Vec<String
         timeout: raw.get("db.timeout", values::positive_duration)?,
         migrate: raw.get("db.migrate", |text| {
             let is_wanted = values::boolean(text)?;
-            Ok(if is_wanted { Policy::Apply } else { Policy::Require })
+            Ok(if is_wanted {
+                Policy::Apply
+            } else {
+                Policy::Require
+            })
         })?,
         spool: raw.get("db.spool", database::spool)?,
     };

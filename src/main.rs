@@ -23,6 +23,11 @@ fn main() {
         Ok(Command::Version) => print(concat!("asyncproxy ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Command::CheckConfig(path)) => check_config(&path),
         Ok(Command::Run(path)) => run(&path),
+        Ok(Command::Demo(options)) => match cli::demo::run(options) {
+            Ok(true) => 0,
+            Ok(false) => FAILED,
+            Err(error) => complain(format!("demo: {error}"), FAILED),
+        },
         Ok(Command::Migrate(path, options)) => migrate(&path, options),
         Ok(Command::Sink(sink)) => match cli::sink::run(&sink) {
             Ok(()) => 0,

@@ -57,6 +57,8 @@ fn version_and_help() {
             "--check-config",
             "--version",
             "--help",
+            "demo",
+            "--seconds",
             "migrate",
             "--status",
             "--json",

@@ -23,6 +23,7 @@ mod cluster_rate;
 mod contract;
 mod crowd;
 mod delivery;
+mod demo;
 mod descriptors;
 mod docs;
 mod fault_table;

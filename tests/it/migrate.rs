@@ -160,7 +160,8 @@ fn the_go_programs_queue_is_taken_over_by_migrate_only() {
     let proxy = setup.start();
     proxy.wait_for_log("run asyncproxy migrate");
     let (status, told, _) = run(&setup, &[]);
-    let taken_over = "applied version 1, took over the queue of the Go program: 3 waiting, 2 dead letters\n";
+    let taken_over =
+        "applied version 1, took over the queue of the Go program: 3 waiting, 2 dead letters\n";
     assert_eq!((status, &*told), (0, taken_over));
     wait_until("its requests", || destination.seen().len() == 3);
     proxy.stop();
