@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod demo;
+pub mod doctor;
 pub mod migrate;
 pub mod sink;
 
@@ -14,6 +15,7 @@ use lexopt::{Arg, Parser, ValueExt};
 use crate::config::{Bind, parse_duration};
 use bench::Bench;
 use demo::Demo;
+use doctor::Doctor;
 use migrate::Migrate;
 
 pub const HELP: &str = "\
@@ -24,6 +26,9 @@ Usage:
   asyncproxy [--config PATH] --check-config   print the effective settings, secrets masked
   asyncproxy demo [--seconds N]               see it work: proxy, sender and a destination that
                                               goes down for a while, all in this process
+  asyncproxy [--config PATH] doctor [--json] [--deep]
+                                              look at settings, machine, database and destination,
+                                              and say how to mend what is wrong
   asyncproxy [--config PATH] migrate [--status] [--json]
                                               create or change the tables of db.connection_string,
                                               or with --status tell what is pending
@@ -39,6 +44,7 @@ Options:
   --seconds N      how long webhooks are sent, 8 to 3600  [15]
   --status         write nothing, exit with 1 if something is pending
   --json           print JSON
+  --deep           read a SQLite file whole
   --bind ADDR      host:port, or :port for all addresses  [:5000]
   --status N       status to answer with                  [200]
   --delay D        time before the answer: 500ms, 1m30s   [0s]
@@ -55,7 +61,8 @@ Each setting can be given as an environment variable, too: server.bind as SERVER
 LOG_COLOR=false keeps colours out of the log.
 
 Exit status: 0 stopped, and nothing that was acknowledged is lost; 1 could not start or go on,
-or lost something; 2 wrong arguments or settings. demo: 0 all was delivered. bench: 0 each request that was due was sent
+or lost something; 2 wrong arguments or settings. demo: 0 all was delivered.
+doctor: 0 no errors, 1 errors, 2 unreadable settings. migrate --status: 0 nothing is pending, 1 something is. bench: 0 each request that was due was sent
 and answered 2xx; 1 not so, or could not start.
 ";
 
@@ -65,6 +72,7 @@ pub enum Command {
     Run(PathBuf),
     CheckConfig(PathBuf),
     Demo(Demo),
+    Doctor(PathBuf, Doctor),
     Migrate(PathBuf, Migrate),
     Sink(Sink),
     Bench(Box<Bench>),
@@ -94,6 +102,9 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
             Arg::Long("check-config") => is_check = true,
             Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
             Arg::Long("version") | Arg::Short('V') => return Ok(Command::Version),
+            Arg::Value(command) if command == "doctor" && !is_check => {
+                return parse_doctor(&mut parser, config);
+            }
             Arg::Value(command) if command == "migrate" && !is_check => {
                 return parse_migrate(&mut parser, config);
             }
@@ -136,6 +147,20 @@ fn parse_demo(parser: &mut Parser) -> Result<Command, String> {
         }
     }
     Ok(Command::Demo(demo))
+}
+
+fn parse_doctor(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Command, String> {
+    let mut doctor = Doctor::default();
+    while let Some(argument) = next(parser)? {
+        match argument {
+            Arg::Long("config") => config = Some(PathBuf::from(value(parser)?)),
+            Arg::Long("json") => doctor.json = true,
+            Arg::Long("deep") => doctor.deep = true,
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
+            other => return Err(unexpected(other)),
+        }
+    }
+    Ok(Command::Doctor(or_default(config), doctor))
 }
 
 fn parse_migrate(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Command, String> {
@@ -237,6 +262,16 @@ mod tests {
             ("migrate --status", migrate("config.yaml", true, false)),
             ("--config a migrate --json", migrate("a", false, true)),
             ("migrate --config a", migrate("a", false, false)),
+            (
+                "--config a doctor --deep --json",
+                Command::Doctor(
+                    "a".into(),
+                    Doctor {
+                        json: true,
+                        deep: true,
+                    },
+                ),
+            ),
         ] {
             assert_eq!(parse_line(line), Ok(command), "{line}");
         }

@@ -1,11 +1,12 @@
 //! Arguments, logger, run, exit status; nothing else.
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::exit;
 
 use asyncproxy::cli::bench::Bench;
+use asyncproxy::cli::doctor::{self, Doctor};
 use asyncproxy::cli::migrate::Migrate;
 use asyncproxy::cli::{self, Command};
 use asyncproxy::config::Config;
@@ -28,6 +29,7 @@ fn main() {
             Ok(false) => FAILED,
             Err(error) => complain(format!("demo: {error}"), FAILED),
         },
+        Ok(Command::Doctor(path, options)) => doctor(&path, options),
         Ok(Command::Migrate(path, options)) => migrate(&path, options),
         Ok(Command::Sink(sink)) => match cli::sink::run(&sink) {
             Ok(()) => 0,
@@ -63,6 +65,19 @@ fn check_config(path: &Path) -> i32 {
             print(&config.effective())
         }
         Err(error) => complain(error, MISUSED),
+    }
+}
+
+fn doctor(path: &Path, options: Doctor) -> i32 {
+    let report = doctor::run(path, options);
+    let printed = print(&match options.json {
+        true => format!("{}\n", doctor::to_json(&report.findings)),
+        false => doctor::to_text(&report.findings, std::io::stdout().is_terminal()),
+    });
+    match report {
+        _ if !report.is_readable => MISUSED,
+        _ if report.has_errors() => FAILED,
+        _ => printed,
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod adopt;
 mod connections;
+pub mod inspect;
 mod schema;
 mod start;
 mod statements;

@@ -4,6 +4,8 @@
 //! After any error the connection is closed, and the next call opens the file anew: whatever
 //! was wrong with it (permissions, a full or lost disk) need not be known here to recover.
 
+pub mod inspect;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -59,6 +59,8 @@ fn version_and_help() {
             "--help",
             "demo",
             "--seconds",
+            "doctor",
+            "--deep",
             "migrate",
             "--status",
             "--json",

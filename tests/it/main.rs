@@ -26,6 +26,7 @@ mod delivery;
 mod demo;
 mod descriptors;
 mod docs;
+mod doctor;
 mod fault_table;
 mod faults;
 mod fidelity;
