@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, access, statfs, statvfs};
 use rustix::process::geteuid;
 
-use super::{Doctor, Finding, size};
+use super::{Doctor, Finding, PATIENCE, size, within};
 use crate::config::Config;
 use crate::queue::migrate::{Policy, Version};
 use crate::queue::sqlite::{SqliteStore, inspect};
@@ -37,8 +37,11 @@ pub(super) fn findings(
     config: &Config,
     options: Doctor,
 ) -> Vec<Finding> {
-    let facts = Facts::gather(path);
     let shown = path.display().to_string();
+    let owned = path.to_owned();
+    let Some(facts) = within(PATIENCE, move || Facts::gather(&owned)) else {
+        return vec![stuck(about, &shown)];
+    };
     let policy = match about {
         "db.spool" => Policy::Apply,
         _ => config.db.migrate,
@@ -117,6 +120,14 @@ impl Facts {
             wal_bytes: fs::metadata(wal).map_or(0, |metadata| metadata.len()),
         }
     }
+}
+
+fn stuck(about: &'static str, path: &str) -> Finding {
+    Finding::error(
+        about,
+        format!("{path}: its disk does not answer within {PATIENCE:?}"),
+        "see whether the file system is mounted and well",
+    )
 }
 
 fn usable(about: &'static str, path: &str, facts: &Facts) -> Finding {
@@ -254,6 +265,7 @@ mod tests {
         assert_eq!(usable(&facts(file(0o600, 0, true))), Level::Ok);
         assert_eq!(usable(&facts(file(0o600, 0, false))), Level::Error);
         assert_eq!(usable(&Facts::default()), Level::Error);
+        assert_eq!(stuck("a", "path").level, Level::Error);
         let private = |mode, owner| private("a", "path", &facts(file(mode, owner, true))).level;
         assert_eq!(private(0o600, 0), Level::Ok);
         assert_eq!(private(0o644, 0), Level::Warning);

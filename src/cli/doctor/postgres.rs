@@ -24,6 +24,8 @@ const DEAD_ROWS: i64 = 50_000;
 /// Bytes of indexes for each row that are still in order, and in all.
 const INDEX_BYTES_A_ROW: i64 = 2048;
 const INDEX_BYTES: i64 = 64 << 20;
+/// SQLSTATE, as errors have it.
+const PERMISSION_DENIED: &str = "(SQLSTATE 42501)";
 const CLOCK_SECONDS: f64 = 2.0;
 
 pub(super) fn findings(database: &postgres::Config, config: &Config) -> Vec<Finding> {
@@ -58,10 +60,15 @@ fn unknown(what: &str, error: &StoreError) -> Finding {
             error.to_string(),
             "see that the server runs and lets this user in: psql with the same host, port, user and dbname",
         ),
-        _ => Finding::warning(
+        _ if error.to_string().contains(PERMISSION_DENIED) => Finding::warning(
             ABOUT,
             format!("{what}: not visible to this user: {error}"),
-            "grant pg_monitor to the user, or raise db.timeout",
+            "GRANT pg_monitor to the user, or run this as one that may",
+        ),
+        _ => Finding::warning(
+            ABOUT,
+            format!("{what}: not looked at: {error}"),
+            "see the server's log, or raise db.timeout",
         ),
     }
 }
@@ -398,7 +405,7 @@ mod tests {
         assert_eq!(clock(1.0, 0.1).level, Level::Ok);
         assert_eq!(clock(-3.0, 0.1).level, Level::Warning);
         assert_eq!(clock(3.0, 2.0).level, Level::Ok);
-        let error = StoreError::Failed("permission denied".into());
+        let error = StoreError::Failed(format!("permission denied {PERMISSION_DENIED}"));
         assert_eq!(unknown("connection", &error).level, Level::Error);
         assert!(
             unknown("snapshots", &error)

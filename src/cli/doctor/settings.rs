@@ -8,6 +8,8 @@ use super::Finding;
 use crate::config::Config;
 use crate::queue::poller;
 
+/// Nobody expects a recovery to take longer.
+const LEASE_LONG: Duration = Duration::from_secs(60 * 60);
 /// With less, hardly any answer is waited for.
 const SHUTDOWN_MIN: Duration = Duration::from_secs(1);
 /// A destination that is quicker on average is rare.
@@ -40,8 +42,7 @@ fn lease(request_timeout: Duration) -> Finding {
         format_duration(request_timeout),
         format_duration(lease)
     );
-    // Half of it is a guess at what operators expect of a recovery.
-    if lease > Duration::from_secs(3600) {
+    if lease > LEASE_LONG {
         let mend = "lower it to a little more than the destination needs";
         return Finding::warning(ABOUT, found, mend);
     }

@@ -232,28 +232,40 @@ fn server(session: &mut Session) -> Result<Fact, Fault> {
 }
 
 fn pooling(session: &mut Session) -> Result<Fact, Fault> {
-    let has_transactions = session.client.transaction().and_then(|mut transaction| {
-        transaction.query_typed_one(PID, &[])?;
-        transaction.commit()
-    });
-    match has_transactions {
-        Ok(()) => {}
-        Err(error) if error.as_db_error().is_some() => {
-            return Ok(Fact::Pooling(Pooling::Statement));
-        }
-        Err(error) => return Err(error.into()),
+    let pid = |client: &mut Client| -> Result<i32, Fault> {
+        Ok(client.query_typed_one(PID, &[])?.try_get(0)?)
+    };
+    let (mut other, mut is_refused) = has_transactions(session)?;
+    if is_refused {
+        // It may have been an accident that has nothing to do with transactions.
+        pid(&mut session.client)?;
+        (other, is_refused) = has_transactions(session)?;
     }
-    let other = connections::connect(&session.config, session.timeout);
-    let mut other = other.map_err(Fault::Store)?;
+    if is_refused {
+        return Ok(Fact::Pooling(Pooling::Statement));
+    }
     for _ in 0..POOLING_TRIES {
-        let pid = |client: &mut Client| -> Result<i32, Fault> {
-            Ok(client.query_typed_one(PID, &[])?.try_get(0)?)
-        };
         if pid(&mut session.client)? == pid(&mut other)? {
             return Ok(Fact::Pooling(Pooling::Transaction));
         }
     }
     Ok(Fact::Pooling(Pooling::Session))
+}
+
+/// A client more, and whether a transaction on it was refused. PgBouncer ends the connection for
+/// it, and its reason gets lost on the way.
+fn has_transactions(session: &Session) -> Result<(Client, bool), Fault> {
+    let client = connections::connect(&session.config, session.timeout);
+    let mut client = client.map_err(Fault::Store)?;
+    let begun = client.transaction().and_then(|mut transaction| {
+        transaction.query_typed_one(PID, &[])?;
+        transaction.commit()
+    });
+    match begun {
+        Ok(()) => Ok((client, false)),
+        Err(error) if error.is_closed() || error.as_db_error().is_some() => Ok((client, true)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn snapshots(session: &mut Session) -> Result<Fact, Fault> {
