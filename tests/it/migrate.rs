@@ -9,7 +9,7 @@ use crate::support::destination::Destination;
 use crate::support::http;
 use crate::support::metrics;
 use crate::support::postgres::cluster;
-use crate::support::proxy::{Setup, wait_until};
+use crate::support::proxy::{PATIENCE, Setup, wait_until};
 use crate::support::store;
 
 /// On an empty database of each kind.
@@ -149,6 +149,28 @@ fn without_leave_to_migrate_the_program_waits_for_someone_who_does() {
         });
         proxy.stop();
     });
+}
+
+#[test]
+fn the_spool_takes_what_the_store_must_wait_for() {
+    let destination = Destination::start();
+    let database = cluster().database();
+    let setup = Setup::new(&destination.url())
+        .set("db.connection_string", database.url())
+        .set("db.migrate", false)
+        .set("db.spool", "sqlite:spool.sqlite")
+        .set("server.enqueue_rate", 0)
+        .keep(database);
+    let proxy = setup.start();
+    proxy.wait_for_log("run asyncproxy migrate");
+    proxy.accept(0..5);
+    metrics::wait_for(&proxy, "the spool", |now| {
+        now.get("asyncproxy_spool_rows") == 5.0
+    });
+    assert_eq!(run(&setup, &[]), printed(0, "applied version 1\n"));
+    destination.wait_for_numbers(5, PATIENCE);
+    proxy.stop();
+    assert_eq!(store::rows(&setup), 0);
 }
 
 #[test]
