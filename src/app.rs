@@ -28,7 +28,7 @@ use crate::metrics::Metrics;
 use crate::progress::{self, Progress};
 use crate::queue::depth::Depth;
 use crate::queue::health::StoreHealth;
-use crate::queue::migrate::Upkeep;
+use crate::queue::migrate::Policy;
 use crate::queue::operate::Operate;
 use crate::queue::poller::{self, Poller, Room, Sampler, Wake};
 use crate::queue::postgres::PostgresStore;
@@ -92,24 +92,64 @@ impl fmt::Display for RunError {
 
 impl std::error::Error for RunError {}
 
-/// Runs until told to stop.
+/// Runs until a signal tells it to stop.
 ///
 /// # Errors
-/// [`RunError`]; after [`RunError::Thread`] all has been drained as at any stop.
+/// As [`App::start`] and [`App::run`].
 pub fn run(config: &Config) -> Result<(), RunError> {
     let signals = Signals::new([SIGTERM, SIGINT]).map_err(start("signal handling"))?;
-    let listener = listen("server.bind", &config.server.bind)?;
-    let control_listener = listen("metrics.bind", &config.metrics.bind)?;
-    let max_connections = descriptors::raise_limit(config);
-    let listeners = (listener, control_listener);
-    let running = Running::start(config, signals, listeners, max_connections)?;
-    let ended = running.wait();
-    let is_handed_over = matches!(config.server.bind, Bind::Systemd(_));
-    let lost = running.drain(config.server.shutdown_timeout, is_handed_over);
-    match (ended, lost) {
-        (_, 1..) => Err(RunError::Lost(lost)),
-        (Some(thread), 0) => Err(RunError::Thread(thread)),
-        (None, 0) => Ok(()),
+    let threads = Threads::default();
+    let stop = forward(&threads, signals)?;
+    App::start(config, threads, stop)?.run()
+}
+
+/// All of it, started; in a process that may do other things beside.
+#[allow(missing_debug_implementations, reason = "threads and channels")]
+pub struct App {
+    running: Running,
+    address: String,
+    shutdown_timeout: Duration,
+    is_handed_over: bool,
+}
+
+impl App {
+    /// Listens, and begins to serve. A number received from `stop` is a signal.
+    ///
+    /// # Errors
+    /// [`RunError`].
+    pub fn start(config: &Config, threads: Threads, stop: Receiver<i32>) -> Result<App, RunError> {
+        let listener = listen("server.bind", &config.server.bind)?;
+        let control_listener = listen("metrics.bind", &config.metrics.bind)?;
+        let address = shown_address(&listener).map_err(start("intake"))?;
+        let max_connections = descriptors::raise_limit(config);
+        let listeners = (listener, control_listener);
+        Ok(App {
+            running: Running::start(config, (threads, stop), listeners, max_connections)?,
+            address,
+            shutdown_timeout: config.server.shutdown_timeout,
+            is_handed_over: matches!(config.server.bind, Bind::Systemd(_)),
+        })
+    }
+
+    /// Where requests are taken, as [`shown_address`] has it.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Waits for a signal, and ends in good order.
+    ///
+    /// # Errors
+    /// [`RunError`]; after [`RunError::Thread`] all has been drained as at any stop.
+    pub fn run(self) -> Result<(), RunError> {
+        let ended = self.running.wait();
+        let lost = self
+            .running
+            .drain(self.shutdown_timeout, self.is_handed_over);
+        match (ended, lost) {
+            (_, 1..) => Err(RunError::Lost(lost)),
+            (Some(thread), 0) => Err(RunError::Thread(thread)),
+            (None, 0) => Ok(()),
+        }
     }
 }
 
@@ -130,25 +170,16 @@ fn listen(setting: &'static str, bind: &Bind) -> Result<Socket, RunError> {
 
 fn store(config: &Config) -> Arc<dyn Store> {
     let db = &config.db;
-    let upkeep = match db.migrate {
-        true => Upkeep::Migrate,
-        false => Upkeep::Check,
-    };
     match &db.database {
         // One process, whose poller keeps to the rate: that is its whole cluster.
         Database::Sqlite(path) => {
             let store = SqliteStore::new(path.clone(), db.use_index, db.timeout);
-            Arc::new(store.with_upkeep(upkeep))
+            Arc::new(store.with_policy(db.migrate))
         }
         Database::Postgres(postgres) => {
             let postgres = (**postgres).clone();
-            let store = PostgresStore::new(
-                postgres,
-                db.max_connections,
-                db.use_index,
-                db.timeout,
-                upkeep,
-            );
+            let store = PostgresStore::new(postgres, db.max_connections, db.use_index, db.timeout);
+            let store = store.with_policy(db.migrate);
             let store = match db.spool {
                 Some(_) => store.with_append_timeout(spool::APPEND_TIMEOUT),
                 None => store,
@@ -162,20 +193,17 @@ fn store(config: &Config) -> Arc<dyn Store> {
 }
 
 /// The same store for one who looks at it beside the instances that serve it.
-pub fn visited_store(config: &Config, upkeep: Upkeep) -> Arc<dyn Operate> {
+pub fn visited_store(config: &Config) -> Arc<dyn Operate> {
     let db = &config.db;
     match &db.database {
         Database::Sqlite(path) => {
             let store = SqliteStore::new(path.clone(), db.use_index, db.timeout);
-            Arc::new(store.with_upkeep(upkeep).visiting())
+            Arc::new(store.with_policy(Policy::Require).visiting())
         }
-        Database::Postgres(postgres) => Arc::new(PostgresStore::new(
-            (**postgres).clone(),
-            1,
-            db.use_index,
-            db.timeout,
-            upkeep,
-        )),
+        Database::Postgres(postgres) => {
+            let store = PostgresStore::new((**postgres).clone(), 1, db.use_index, db.timeout);
+            Arc::new(store.with_policy(Policy::Require))
+        }
     }
 }
 
@@ -193,7 +221,7 @@ struct Stage {
 
 impl Stage {
     /// And where the spool, if there is one, tells that it has something.
-    fn new(config: &Config) -> Result<(Stage, Option<Receiver<()>>), RunError> {
+    fn new(config: &Config, threads: Threads) -> Result<(Stage, Option<Receiver<()>>), RunError> {
         let metrics = Metrics::new(config.metrics.max_paths)
             .map_err(io::Error::other)
             .map_err(start("metrics"))?;
@@ -215,7 +243,7 @@ impl Stage {
             metrics,
             budget: Budget::new(config.server.memory_limit),
             progress: Arc::default(),
-            threads: Threads::default(),
+            threads,
         };
         Ok((stage, filled))
     }
@@ -278,12 +306,11 @@ struct Running {
 impl Running {
     fn start(
         config: &Config,
-        signals: Signals,
+        (threads, signals): (Threads, Receiver<i32>),
         (listener, control_listener): (Socket, Socket),
         max_connections: usize,
     ) -> Result<Running, RunError> {
-        let (stage, filled) = Stage::new(config)?;
-        let signals = forward(&stage.threads, signals)?;
+        let (stage, filled) = Stage::new(config, threads)?;
         let (wake, woken) = Wake::new();
         let (claiming, stop) = bounded(0);
         let (appender, settlements) = start_store_threads(&stage, config, &wake, &stop)?;

@@ -1,6 +1,8 @@
 //! The command line: what was asked for, and the text of `--help`.
 
 pub mod bench;
+pub mod demo;
+pub mod doctor;
 pub mod migrate;
 pub mod printable;
 pub mod queue;
@@ -16,6 +18,9 @@ use lexopt::{Arg, Parser, ValueExt};
 use crate::config::{Bind, parse_duration};
 use crate::queue::StoreError;
 use bench::Bench;
+use demo::Demo;
+use doctor::Doctor;
+use migrate::Migrate;
 
 pub const HELP: &str = "\
 Answers HTTP requests at once and proxies each to its destination afterwards.
@@ -24,9 +29,14 @@ Usage:
   asyncproxy [--config PATH]                  run
   asyncproxy [--config PATH] --check-config   print the effective settings, secrets masked
   asyncproxy [--config PATH] queue ...        look into the queue: see asyncproxy queue --help
+  asyncproxy demo [--seconds N]               see it work: proxy, sender and a destination that
+                                              goes down for a while, all in this process
+  asyncproxy [--config PATH] doctor [--json] [--deep]
+                                              look at settings, machine, database and destination,
+                                              and say how to mend what is wrong
   asyncproxy [--config PATH] migrate [--status] [--json]
-                                              bring the schema of the queue up to date, or tell
-                                              what it is at (exit status 1: not up to date)
+                                              create or change the tables of db.connection_string,
+                                              or with --status tell what is pending
   asyncproxy sink [--bind ADDR] [--status N] [--delay D]
                                               a destination for trying things out: prints
                                               what reaches it, answers N after D
@@ -36,6 +46,10 @@ Usage:
 
 Options:
   --config PATH    settings, in YAML                      [./config.yaml]
+  --seconds N      how long webhooks are sent, 8 to 3600  [15]
+  --status         write nothing, exit with 1 if something is pending
+  --json           print JSON
+  --deep           read a SQLite file whole
   --bind ADDR      host:port, or :port for all addresses  [:5000]
   --status N       status to answer with                  [200]
   --delay D        time before the answer: 500ms, 1m30s   [0s]
@@ -52,7 +66,8 @@ Each setting can be given as an environment variable, too: server.bind as SERVER
 LOG_COLOR=false keeps colours out of the log.
 
 Exit status: 0 stopped, and nothing that was acknowledged is lost; 1 could not start or go on,
-or lost something; 2 wrong arguments or settings. bench: 0 each request that was due was sent
+or lost something; 2 wrong arguments or settings. demo: 0 all was delivered.
+doctor: 0 no errors, 1 errors, 2 unreadable settings. migrate --status: 0 nothing is pending, 1 something is. bench: 0 each request that was due was sent
 and answered 2xx; 1 not so, or could not start.
 ";
 
@@ -61,11 +76,13 @@ and answered 2xx; 1 not so, or could not start.
 pub enum Command {
     Run(PathBuf),
     CheckConfig(PathBuf),
+    Demo(Demo),
+    Doctor(PathBuf, Doctor),
+    Migrate(PathBuf, Migrate),
     Sink(Sink),
     Bench(Box<Bench>),
     Queue(PathBuf, Box<queue::Queue>),
     QueueHelp,
-    Migrate(PathBuf, migrate::Migrate),
     Help,
     Version,
 }
@@ -112,6 +129,15 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
             Arg::Long("check-config") => is_check = true,
             Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
             Arg::Long("version") | Arg::Short('V') => return Ok(Command::Version),
+            Arg::Value(command) if command == "doctor" && !is_check => {
+                return parse_doctor(&mut parser, config);
+            }
+            Arg::Value(command) if command == "migrate" && !is_check => {
+                return parse_migrate(&mut parser, config);
+            }
+            Arg::Value(command) if command == "demo" && config.is_none() && !is_check => {
+                return parse_demo(&mut parser);
+            }
             Arg::Value(command) if command == "sink" && config.is_none() && !is_check => {
                 return parse_sink(&mut parser);
             }
@@ -127,12 +153,6 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
                     }
                 });
             }
-            Arg::Value(command) if command == "migrate" && !is_check => {
-                let Some((path, migrate)) = migrate::parse(&mut parser)? else {
-                    return Ok(Command::Help);
-                };
-                return Ok(Command::Migrate(or_default(path.or(config)), migrate));
-            }
             other => return Err(unexpected(other)),
         }
     }
@@ -146,6 +166,51 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
 
 fn or_default(config: Option<PathBuf>) -> PathBuf {
     config.unwrap_or_else(|| PathBuf::from("config.yaml"))
+}
+
+fn parse_demo(parser: &mut Parser) -> Result<Command, String> {
+    let mut demo = Demo::default();
+    while let Some(argument) = next(parser)? {
+        match argument {
+            Arg::Long("seconds") => {
+                let seconds = text(parser)?.parse().ok();
+                demo.seconds = seconds
+                    .filter(|seconds| demo::SECONDS.contains(seconds))
+                    .ok_or("--seconds: must be a whole number from 8 to 3600")?;
+            }
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
+            other => return Err(unexpected(other)),
+        }
+    }
+    Ok(Command::Demo(demo))
+}
+
+fn parse_doctor(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Command, String> {
+    let mut doctor = Doctor::default();
+    while let Some(argument) = next(parser)? {
+        match argument {
+            Arg::Long("config") => config = Some(PathBuf::from(value(parser)?)),
+            Arg::Long("json") => doctor.json = true,
+            Arg::Long("deep") => doctor.deep = true,
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
+            other => return Err(unexpected(other)),
+        }
+    }
+    Ok(Command::Doctor(or_default(config), doctor))
+}
+
+fn parse_migrate(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Command, String> {
+    let mut migrate = Migrate::default();
+    while let Some(argument) = next(parser)? {
+        match argument {
+            Arg::Long("config") => config = Some(PathBuf::from(value(parser)?)),
+            Arg::Long("status") => migrate.status = true,
+            Arg::Long("json") => migrate.json = true,
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
+            other => return Err(unexpected(other)),
+        }
+    }
+    Ok(Command::Migrate(or_default(config), migrate))
 }
 
 fn parse_sink(parser: &mut Parser) -> Result<Command, String> {
@@ -217,10 +282,32 @@ mod tests {
                 "--check-config --config=a",
                 Command::CheckConfig("a".into()),
             ),
+            ("demo", Command::Demo(Demo { seconds: 15 })),
+            ("demo --seconds 8", Command::Demo(Demo { seconds: 8 })),
             ("-h", Command::Help),
             ("sink --help", Command::Help),
             ("bench --help", Command::Help),
             ("--version", Command::Version),
+        ] {
+            assert_eq!(parse_line(line), Ok(command), "{line}");
+        }
+        let migrate =
+            |path: &str, status, json| Command::Migrate(path.into(), Migrate { status, json });
+        for (line, command) in [
+            ("migrate", migrate("config.yaml", false, false)),
+            ("migrate --status", migrate("config.yaml", true, false)),
+            ("--config a migrate --json", migrate("a", false, true)),
+            ("migrate --config a", migrate("a", false, false)),
+            (
+                "--config a doctor --deep --json",
+                Command::Doctor(
+                    "a".into(),
+                    Doctor {
+                        json: true,
+                        deep: true,
+                    },
+                ),
+            ),
         ] {
             assert_eq!(parse_line(line), Ok(command), "{line}");
         }

@@ -18,6 +18,7 @@ pub use database::{Database, PostgresServer};
 pub use raw::ConfigError;
 pub use values::{duration as parse_duration, positive_duration as parse_positive_duration};
 
+use crate::queue::migrate::Policy;
 use crate::settle::RetryPolicy;
 use crate::tls::ClientConfig;
 use raw::Raw;
@@ -96,7 +97,7 @@ settings! {
     "db.max_connections" = "2", "a whole number", "connections to Postgres";
     "db.use_index" = "true", "true or false", "`false`: rows are claimed as they lie, not the oldest first";
     "db.timeout" = "5s", "a duration", "time for one operation of the store";
-    "db.migrate" = "true", "true or false", "`false`: the schema is left to `asyncproxy migrate`, and the store does not work until it is up to date";
+    "db.migrate" = "true", "true or false", "`false`: tables are never created or changed at the start; `asyncproxy migrate` does it";
     "db.spool" = "", "empty or sqlite:PATH", "a file for what Postgres does not take while it is down: `sqlite:PATH`; empty: none";
     "log.level" = "info", "a level", "`error`, `warn`, `info`, `debug` or `trace`";
 }
@@ -193,8 +194,7 @@ pub struct Db {
     pub max_connections: u32,
     pub use_index: bool,
     pub timeout: Duration,
-    /// Bring the schema up to date at the start.
-    pub migrate: bool,
+    pub migrate: Policy,
     /// A SQLite file for what Postgres does not take.
     pub spool: Option<PathBuf>,
 }
@@ -429,7 +429,14 @@ fn db(raw: &Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<(Db, Vec<String
         max_connections: raw.get("db.max_connections", |text| values::integer(text, 1, 1000))?,
         use_index: raw.get("db.use_index", values::boolean)?,
         timeout: raw.get("db.timeout", values::positive_duration)?,
-        migrate: raw.get("db.migrate", values::boolean)?,
+        migrate: raw.get("db.migrate", |text| {
+            let is_wanted = values::boolean(text)?;
+            Ok(if is_wanted {
+                Policy::Apply
+            } else {
+                Policy::Require
+            })
+        })?,
         spool: raw.get("db.spool", database::spool)?,
     };
     if db.spool.is_some() && matches!(db.database, Database::Sqlite(_)) {

@@ -58,7 +58,8 @@ fn raise_to(needed: u64) -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-fn needed(config: &Config) -> u64 {
+/// Descriptors that the settings ask for.
+pub fn needed(config: &Config) -> u64 {
     let senders = match config.server.acceptor {
         Acceptor::Builtin => config.server.max_connections as u64,
         Acceptor::TinyHttp => TINY_HTTP_SENDERS * tiny_http::DESCRIPTORS_PER_CONNECTION,

@@ -1,11 +1,13 @@
 //! Arguments, logger, run, exit status; nothing else.
 
 use std::fmt::Display;
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::{BufWriter, ErrorKind, IsTerminal, Write};
 use std::path::Path;
 use std::process::exit;
 
 use asyncproxy::cli::bench::Bench;
+use asyncproxy::cli::doctor::{self, Doctor};
+use asyncproxy::cli::migrate::Migrate;
 use asyncproxy::cli::{self, Command, Failure};
 use asyncproxy::config::Config;
 use asyncproxy::{app, logger};
@@ -22,6 +24,13 @@ fn main() {
         Ok(Command::Version) => print(concat!("asyncproxy ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Command::CheckConfig(path)) => check_config(&path),
         Ok(Command::Run(path)) => run(&path),
+        Ok(Command::Demo(options)) => match cli::demo::run(options) {
+            Ok(true) => 0,
+            Ok(false) => FAILED,
+            Err(error) => complain(format!("demo: {error}"), FAILED),
+        },
+        Ok(Command::Doctor(path, options)) => doctor(&path, options),
+        Ok(Command::Migrate(path, options)) => migrate(&path, options),
         Ok(Command::Sink(sink)) => match cli::sink::run(&sink) {
             Ok(()) => 0,
             Err(error) => complain(format!("sink: {}: {error}", sink.bind), FAILED),
@@ -31,9 +40,6 @@ fn main() {
         Ok(Command::Queue(path, queue)) => with_output(&path, |config, output| {
             cli::queue::run(&queue, config, output).map(|()| 0)
         }),
-        Ok(Command::Migrate(path, migrate)) => {
-            with_output(&path, |config, output| migrate.run(config, output))
-        }
     };
     // Not a return: workers may still wait for a destination, and need not be waited for.
     exit(status);
@@ -83,6 +89,33 @@ fn check_config(path: &Path) -> i32 {
             print(&config.effective())
         }
         Err(error) => complain(error, MISUSED),
+    }
+}
+
+fn doctor(path: &Path, options: Doctor) -> i32 {
+    let report = doctor::run(path, options);
+    let printed = print(&match options.json {
+        true => format!("{}\n", doctor::to_json(&report.findings)),
+        false => doctor::to_text(&report.findings, std::io::stdout().is_terminal()),
+    });
+    match report {
+        _ if !report.is_readable => MISUSED,
+        _ if report.has_errors() => FAILED,
+        _ => printed,
+    }
+}
+
+fn migrate(path: &Path, options: Migrate) -> i32 {
+    let config = match Config::load(path) {
+        Ok(config) => config,
+        Err(error) => return complain(error, MISUSED),
+    };
+    match cli::migrate::run(&config, options) {
+        Ok(outcome) => {
+            let printed = print(&outcome.text);
+            if outcome.is_current { printed } else { FAILED }
+        }
+        Err(error) => complain(format!("migrate: {error}"), FAILED),
     }
 }
 

@@ -224,6 +224,23 @@ impl Client {
     }
 }
 
+/// Asks for a short text with GET, for `asyncproxy doctor`.
+///
+/// # Errors
+/// One line that says why there is none.
+pub fn get_text(url: &str, timeout: Duration) -> Result<String, String> {
+    let agent = Agent::config_builder()
+        .timeout_global(Some(timeout))
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .proxy(None)
+        .build()
+        .new_agent();
+    let mut response = agent.get(url).call().map_err(|error| describe(&error))?;
+    let body = response.body_mut().with_config().limit(DRAIN_BYTES_MAX);
+    body.read_to_string().map_err(|error| describe(&error))
+}
+
 /// Out of line, too: there is one of it for each kind of body.
 #[inline(never)]
 fn exchange(

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use asyncproxy::queue::migrate::Upkeep;
 use asyncproxy::queue::postgres::PostgresStore;
 use asyncproxy::queue::sqlite::SqliteStore;
 use asyncproxy::queue::{
@@ -137,7 +136,7 @@ impl Queue {
             Kind::Postgres => {
                 let database = cluster::cluster().database();
                 let config = database.keywords().parse().unwrap();
-                let store = PostgresStore::new(config, CONNECTIONS, true, TIMEOUT, Upkeep::Migrate);
+                let store = PostgresStore::new(config, CONNECTIONS, true, TIMEOUT);
                 store.sample().unwrap();
                 let client = database.client();
                 (

@@ -1,96 +1,166 @@
-//! `asyncproxy migrate`: the schema, for those who do not let services change it.
+//! `asyncproxy migrate`: creates or changes the tables, for those who do not let services do it.
 
-use std::io::Write;
-use std::path::PathBuf;
+use std::fmt::Write;
 
-use lexopt::{Arg, Parser};
 use serde_json::json;
 
-use super::{Failure, next, unexpected, value};
-use crate::app::visited_store;
-use crate::config::Config;
-use crate::queue::migrate::{Upkeep, check_version};
-use crate::queue::operate::Versions;
+use crate::config::{Config, Database, Db};
+use crate::queue::migrate::{Adopted, Step, Version};
+use crate::queue::sqlite::SqliteStore;
+use crate::queue::{StoreError, postgres};
 
-/// What to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Options of `asyncproxy migrate`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Migrate {
-    /// Only tell.
-    is_status: bool,
-    is_json: bool,
+    /// Only tell what is pending.
+    pub status: bool,
+    pub json: bool,
 }
 
-/// Understands what follows `migrate`, with the path of the settings. `None`: the help is wanted.
+/// What to print, and whether the schema is up to date.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Outcome {
+    pub text: String,
+    pub is_current: bool,
+}
+
+/// Applies what is pending, or tells it.
 ///
 /// # Errors
-/// One line that says what is wrong.
-pub fn parse(parser: &mut Parser) -> Result<Option<(Option<PathBuf>, Migrate)>, String> {
-    let mut migrate = Migrate {
-        is_status: false,
-        is_json: false,
-    };
-    let mut config = None;
-    while let Some(argument) = next(parser)? {
-        match argument {
-            Arg::Long("status") => migrate.is_status = true,
-            Arg::Long("json") => migrate.is_json = true,
-            Arg::Long("config") => config = Some(value(parser)?.into()),
-            Arg::Long("help") | Arg::Short('h') => return Ok(None),
-            other => return Err(unexpected(other)),
-        }
+/// [`StoreError`]; the schema is as it was then.
+pub fn run(config: &Config, options: Migrate) -> Result<Outcome, StoreError> {
+    let before = version(&config.db)?;
+    if options.status {
+        return Ok(Outcome {
+            text: match options.json {
+                true => line(&status_json(before)),
+                false => status(before),
+            },
+            is_current: before.applied == before.wanted,
+        });
     }
-    Ok(Some((config, migrate)))
+    let steps = migrate(&config.db)?;
+    Ok(Outcome {
+        text: match options.json {
+            true => line(&steps_json(before, &steps)),
+            false => told(before, &steps),
+        },
+        is_current: true,
+    })
 }
 
-impl Migrate {
-    /// Returns the exit status.
-    ///
-    /// # Errors
-    /// [`Failure`].
-    pub fn run(&self, config: &Config, output: &mut dyn Write) -> Result<i32, Failure> {
-        let looked_at = visited_store(config, Upkeep::None);
-        let before = looked_at.versions()?;
-        check_version(before.applied, before.wanted)?;
-        if !self.is_status && before.applied != before.wanted {
-            // Opening it does it.
-            visited_store(config, Upkeep::Migrate).sample()?;
+fn version(db: &Db) -> Result<Version, StoreError> {
+    match &db.database {
+        Database::Sqlite(path) => {
+            SqliteStore::new(path.clone(), db.use_index, db.timeout).version()
         }
-        let after = looked_at.versions()?;
-        let is_current = after.applied == after.wanted;
-        if self.is_json {
-            let state = json!({
-                "version": after.applied,
-                "wanted": after.wanted,
-                "was": before.applied,
-                "up_to_date": is_current,
-            });
-            writeln!(output, "{state}")?;
-        } else {
-            writeln!(output, "{}", text(before, after))?;
-        }
-        Ok(i32::from(!is_current))
+        Database::Postgres(config) => postgres::version(config, db.timeout),
     }
 }
 
-fn text(before: Versions, after: Versions) -> String {
-    let (applied, wanted) = (after.applied, after.wanted);
-    if before.applied != applied {
-        let converted = match before.is_go_table {
-            true => ", the Go program's table converted with its rows",
-            false => "",
+fn migrate(db: &Db) -> Result<Vec<Step>, StoreError> {
+    match &db.database {
+        Database::Sqlite(path) => {
+            SqliteStore::new(path.clone(), db.use_index, db.timeout).migrate()
+        }
+        Database::Postgres(config) => postgres::migrate(config, db.timeout),
+    }
+}
+
+/// All versions there are, and whether they are applied. Of a newer program's only the numbers are known.
+fn status(version: Version) -> String {
+    let mut text = String::new();
+    for number in 1..=version.applied.max(version.wanted) {
+        let state = match (number <= version.applied, number <= version.wanted) {
+            (true, true) => "applied",
+            (true, false) => "applied by a newer program, not known to this one",
+            (false, _) => "pending",
         };
-        return format!(
-            "brought from version {} to {applied}{converted}",
-            before.applied
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "version {number}: {state}");
+    }
+    text
+}
+
+fn status_json(version: Version) -> serde_json::Value {
+    let pending: Vec<i64> = (version.applied + 1..=version.wanted).collect();
+    let applied: Vec<i64> = (1..=version.applied).collect();
+    json!({ "applied": applied, "pending": pending, "wanted": version.wanted })
+}
+
+fn told(before: Version, steps: &[Step]) -> String {
+    if steps.is_empty() {
+        return format!("nothing to do: the schema has version {}\n", before.wanted);
+    }
+    let mut text = String::new();
+    for step in steps {
+        let _ = write!(text, "applied version {}", step.version);
+        if let Some(Adopted { waiting, dead }) = step.adopted {
+            let _ = write!(
+                text,
+                ", took over the queue of the Go program: {waiting} waiting, {dead} dead letters"
+            );
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn steps_json(before: Version, steps: &[Step]) -> serde_json::Value {
+    let applied: Vec<serde_json::Value> = steps
+        .iter()
+        .map(|step| {
+            let adopted = step
+                .adopted
+                .map(|Adopted { waiting, dead }| json!({ "waiting": waiting, "dead": dead }));
+            json!({ "version": step.version, "taken_over": adopted })
+        })
+        .collect();
+    json!({ "applied": applied, "version": before.wanted })
+}
+
+fn line(value: &serde_json::Value) -> String {
+    format!("{value}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn version(applied: i64, wanted: i64) -> Version {
+        Version { applied, wanted }
+    }
+
+    #[test]
+    fn each_version_is_told_apart() {
+        assert_eq!(
+            status(version(1, 2)),
+            "version 1: applied\nversion 2: pending\n"
+        );
+        assert!(status(version(2, 1)).contains("version 2: applied by a newer program"));
+        assert_eq!(
+            status_json(version(1, 2)),
+            json!({ "applied": [1], "pending": [2], "wanted": 2 })
         );
     }
-    if applied == wanted {
-        return format!("up to date, at version {applied}");
+
+    #[test]
+    fn steps_are_told_with_what_was_taken_over() {
+        let adopted = Some(Adopted {
+            waiting: 4,
+            dead: 1,
+        });
+        let step = Step {
+            version: 1,
+            adopted,
+        };
+        assert_eq!(
+            told(version(0, 1), &[step]),
+            "applied version 1, took over the queue of the Go program: 4 waiting, 1 dead letters\n"
+        );
+        assert_eq!(
+            told(version(1, 1), &[]),
+            "nothing to do: the schema has version 1\n"
+        );
     }
-    let what = match (applied, after.is_go_table) {
-        (0, true) => "the Go program's table is there, which would be converted".to_owned(),
-        (0, false) => "there is no queue yet".to_owned(),
-        _ => format!("at version {applied}"),
-    };
-    format!("{what}; this program needs version {wanted}: run `asyncproxy migrate`")
 }

@@ -17,7 +17,6 @@ use uuid::Uuid;
 use super::{Failure, next, text, unexpected, value};
 use crate::app::visited_store;
 use crate::config::Config;
-use crate::queue::migrate::Upkeep;
 use crate::queue::operate::{Action, Filter, Operate};
 
 pub const HELP: &str = "\
@@ -295,7 +294,7 @@ fn parse_id(text: &str) -> Result<Uuid, String> {
 /// # Errors
 /// [`Failure`].
 pub fn run(queue: &Queue, config: &Config, output: &mut dyn Write) -> Result<(), Failure> {
-    let store: Arc<dyn Operate> = visited_store(config, Upkeep::Check);
+    let store: Arc<dyn Operate> = visited_store(config);
     let store = &*store;
     match &queue.verb {
         Verb::Status => state::print(store, config, queue.is_json, output),

@@ -205,6 +205,7 @@ fn errors_name_the_setting_the_value_and_what_is_accepted() {
             "db: {spool: 'sqlite:spool.sqlite'}",
             &["db.spool", "must be empty with SQLite"],
         ),
+        ("db: {migrate: later}", &["db.migrate", "true or false"]),
         (
             "db: {connection_string: 'mysql://h'}",
             &["db.connection_string", "sqlite:PATH"],

@@ -2,17 +2,6 @@
 
 use super::StoreError;
 
-/// What to do about a schema that is not this version's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Upkeep {
-    /// Bring it up to date.
-    Migrate,
-    /// Do not work with it.
-    Check,
-    /// For one who only asks what it is at.
-    None,
-}
-
 /// One step of a schema. `version` counts from 1 without gaps.
 #[derive(Debug)]
 pub struct Migration {
@@ -30,22 +19,58 @@ pub const POSTGRES: &[Migration] = &[Migration {
     sql: include_str!("../../migrations/postgres/0001_queue.sql"),
 }];
 
-/// The version a schema has when all is applied.
-pub fn latest(all: &[Migration]) -> i64 {
-    all.last().map_or(0, |migration| migration.version)
+/// What a store does about a schema that is not at this program's version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Policy {
+    /// Applies what is pending.
+    Apply,
+    /// Changes nothing, and does not work until someone else has applied it.
+    Require,
 }
 
-/// Whether a schema at version `applied` is one that a program which wants `wanted` knows.
-///
-/// # Errors
-/// [`StoreError::Schema`] if a later version of this program has been there.
-pub fn check_version(applied: i64, wanted: i64) -> Result<(), StoreError> {
-    if (0..=wanted).contains(&applied) {
-        return Ok(());
+/// Of which version a schema is, 0: none yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Version {
+    pub applied: i64,
+    pub wanted: i64,
+}
+
+impl Version {
+    pub(super) fn new(all: &'static [Migration], applied: i64) -> Version {
+        let wanted = i64::try_from(all.len()).unwrap_or(i64::MAX);
+        Version { applied, wanted }
     }
-    Err(StoreError::Schema(format!(
-        "it has version {applied}, this program knows versions up to {wanted}: run the newer program"
-    )))
+
+    /// # Errors
+    /// [`StoreError::Schema`] if it is not the one that this program works with.
+    pub fn require(self) -> Result<(), StoreError> {
+        let Version { applied, wanted } = self;
+        if applied == wanted {
+            return Ok(());
+        }
+        let remedy = match applied < wanted {
+            true => "run asyncproxy migrate",
+            false => "run the newer program",
+        };
+        Err(StoreError::Schema(format!(
+            "it has version {applied}, this program wants {wanted}: {remedy}"
+        )))
+    }
+}
+
+/// A migration that was applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    pub version: i64,
+    /// The rows of the Go program that it converted.
+    pub adopted: Option<Adopted>,
+}
+
+/// Rows taken over from the Go program.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Adopted {
+    pub waiting: u64,
+    pub dead: u64,
 }
 
 /// What is still to be applied to a schema at version `applied` (0: none yet).
@@ -56,26 +81,15 @@ pub fn pending(
     all: &'static [Migration],
     applied: i64,
 ) -> Result<&'static [Migration], StoreError> {
-    check_version(applied, latest(all))?;
-    let applied = usize::try_from(applied).unwrap_or(all.len());
-    Ok(all.get(applied..).unwrap_or_default())
-}
-
-/// Whether a schema at version `applied` can be worked with as it is.
-///
-/// # Errors
-/// [`StoreError::Schema`], which says what to do.
-pub fn check(all: &'static [Migration], applied: i64) -> Result<(), StoreError> {
-    if pending(all, applied)?.is_empty() {
-        return Ok(());
-    }
-    let what = match applied {
-        0 => "it has no queue yet".to_owned(),
-        applied => format!("it has version {applied}, this program needs {}", all.len()),
-    };
-    Err(StoreError::Schema(format!(
-        "{what}: run `asyncproxy migrate`"
-    )))
+    let known = all.len();
+    usize::try_from(applied)
+        .ok()
+        .and_then(|applied| all.get(applied..))
+        .ok_or_else(|| {
+            StoreError::Schema(format!(
+                "it has version {applied}, this program knows versions up to {known}: run the newer program"
+            ))
+        })
 }
 
 #[cfg(test)]
@@ -92,17 +106,24 @@ mod tests {
     }
 
     #[test]
+    fn only_the_wanted_version_is_worked_with() {
+        let require = |applied| Version { applied, wanted: 2 }.require();
+        assert_eq!(require(2), Ok(()));
+        for (applied, remedy) in [(0, "migrate"), (1, "migrate"), (3, "newer")] {
+            let error = require(applied).unwrap_err().to_string();
+            let version = format!("version {applied}, this program wants 2: run");
+            assert!(
+                error.contains(&version) && error.contains(remedy),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
     fn a_newer_schema_is_refused() {
         assert_eq!(pending(SQLITE, 0).unwrap().len(), SQLITE.len());
         assert!(pending(SQLITE, SQLITE.len() as i64).unwrap().is_empty());
         assert!(matches!(pending(SQLITE, 1000), Err(StoreError::Schema(_))));
         assert!(matches!(pending(SQLITE, -1), Err(StoreError::Schema(_))));
-        assert_eq!(check(SQLITE, SQLITE.len() as i64), Ok(()));
-        assert!(
-            check(SQLITE, 0)
-                .unwrap_err()
-                .to_string()
-                .contains("asyncproxy migrate")
-        );
     }
 }

@@ -13,12 +13,6 @@ pub const BURIED: &str = "buried by an operator";
 
 /// A store, as an operator uses it.
 pub trait Operate: Store {
-    /// What the schema is at. Changes nothing, and creates no file.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    fn versions(&self) -> Result<Versions, StoreError>;
-
     /// Keeps all instances from claiming rows, until told otherwise. Tells whether that is new.
     ///
     /// # Errors
@@ -177,15 +171,4 @@ impl Counts {
             State::Dead => self.dead,
         }
     }
-}
-
-/// How far a schema is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Versions {
-    /// 0: none yet.
-    pub applied: i64,
-    /// What this program works with.
-    pub wanted: i64,
-    /// The Go program's table is there, and would be converted.
-    pub is_go_table: bool,
 }

@@ -6,6 +6,7 @@
 
 mod adopt;
 mod connections;
+pub mod inspect;
 mod operate;
 mod schema;
 mod start;
@@ -21,7 +22,7 @@ use ::postgres::types::{ToSql, Type};
 use ::postgres::{Client, Row};
 use uuid::Uuid;
 
-use super::migrate::Upkeep;
+use super::migrate::{Policy, Step, Version};
 use super::{
     BATCH_BYTES_MAX, ByClass, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled,
     Settlement, Store, StoreError,
@@ -59,10 +60,9 @@ impl PostgresStore {
         max_connections: u32,
         use_index: bool,
         timeout: Duration,
-        upkeep: Upkeep,
     ) -> PostgresStore {
         PostgresStore {
-            connections: Connections::new(server, max_connections, timeout, upkeep),
+            connections: Connections::new(server, max_connections, timeout),
             use_index,
             starts: ByClass {
                 fresh: Arc::default(),
@@ -83,6 +83,15 @@ impl PostgresStore {
         }
     }
 
+    /// Leaves the schema to `asyncproxy migrate`, if the policy is so.
+    #[must_use]
+    pub fn with_policy(self, policy: Policy) -> PostgresStore {
+        if policy == Policy::Require {
+            self.connections.never_migrate();
+        }
+        self
+    }
+
     /// Claims at most so many rows a second, and a second's worth at once, together with all
     /// other stores on the database that do so.
     #[must_use]
@@ -100,6 +109,24 @@ impl PostgresStore {
     ) -> Result<T, StoreError> {
         self.connections.run(timeout, operation, |_, _| Ok(()))
     }
+}
+
+/// Applies what is pending to a database, however long that takes; `timeout` is for connecting.
+///
+/// # Errors
+/// [`StoreError`]; nothing has changed then.
+pub fn migrate(server: &PostgresServer, timeout: Duration) -> Result<Vec<Step>, StoreError> {
+    let mut client = connections::connect(server, timeout)?;
+    schema::migrate(&mut client).map_err(connections::describe)
+}
+
+/// Reads the version of a database's schema, and changes nothing.
+///
+/// # Errors
+/// [`StoreError`].
+pub fn version(server: &PostgresServer, timeout: Duration) -> Result<Version, StoreError> {
+    let mut client = connections::connect(server, timeout)?;
+    schema::version(&mut client).map_err(connections::describe)
 }
 
 impl Store for PostgresStore {

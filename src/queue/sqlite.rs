@@ -4,6 +4,7 @@
 //! After any error the connection is closed, and the next call opens the file anew: whatever
 //! was wrong with it (permissions, a full or lost disk) need not be known here to recover.
 
+pub mod inspect;
 mod operate;
 
 use std::fs::File;
@@ -16,7 +17,7 @@ use rusqlite::{
 };
 use uuid::Uuid;
 
-use super::migrate::Upkeep;
+use super::migrate::{Policy, Step, Version};
 use super::{
     BATCH_BYTES_MAX, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled, Settlement,
     Store, StoreError, migrate,
@@ -178,8 +179,6 @@ const SAMPLE: &str = "
          WHERE attempt > 1
       )";
 
-const APPLIED: &str = "SELECT coalesce(max(version), 0) FROM asyncproxy_migrations";
-
 const IS_PAUSED: &str = "SELECT EXISTS (SELECT 1 FROM proxy_pause)";
 
 const CREATE_MIGRATIONS: &str = "
@@ -187,6 +186,11 @@ const CREATE_MIGRATIONS: &str = "
         version    INTEGER PRIMARY KEY,
         applied_at INTEGER NOT NULL
     ) STRICT";
+
+const HAS_MIGRATIONS: &str =
+    "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = 'asyncproxy_migrations')";
+
+const APPLIED: &str = "SELECT coalesce(max(version), 0) FROM asyncproxy_migrations";
 
 /// Walks through the two indexes, once at the start.
 const TAKE_OVER: [&str; 2] = [
@@ -219,8 +223,8 @@ pub struct SqliteStore {
     path: PathBuf,
     use_index: bool,
     timeout: Duration,
+    policy: Policy,
     pages_max: Option<u32>,
-    upkeep: Upkeep,
     ownership: Mutex<Ownership>,
     writer: Mutex<Option<Connection>>,
     /// Counts without holding up the writer.
@@ -234,8 +238,8 @@ impl SqliteStore {
             path,
             use_index,
             timeout,
+            policy: Policy::Apply,
             pages_max: None,
-            upkeep: Upkeep::Migrate,
             ownership: Mutex::default(),
             writer: Mutex::default(),
             reader: Mutex::default(),
@@ -251,10 +255,10 @@ impl SqliteStore {
         }
     }
 
-    /// Neither changes the schema nor creates the file, unless told to.
+    /// Leaves the schema, and the file if there is none, to `asyncproxy migrate`, if the policy is so.
     #[must_use]
-    pub fn with_upkeep(self, upkeep: Upkeep) -> SqliteStore {
-        SqliteStore { upkeep, ..self }
+    pub fn with_policy(self, policy: Policy) -> SqliteStore {
+        SqliteStore { policy, ..self }
     }
 
     /// For one who does not serve the queue: whoever does keeps its leases.
@@ -317,18 +321,49 @@ impl SqliteStore {
     }
 
     fn open_migrated(&self) -> Result<Connection, StoreError> {
-        if self.upkeep == Upkeep::Migrate {
-            create_private(&self.path).map_err(|error| {
-                StoreError::Unavailable(format!("{}: {error}", self.path.display()))
-            })?;
-        } else if !self.path.exists() {
-            let why = format!(
-                "{}: there is no queue yet: run `asyncproxy migrate`",
-                self.path.display()
-            );
-            return Err(StoreError::Schema(why));
+        if self.policy == Policy::Require {
+            self.version()?.require()?;
         }
-        let mut connection = self
+        let mut connection = self.open_writable()?;
+        self.apply_pending(&mut connection)?;
+        self.take_over(&connection)?;
+        Ok(connection)
+    }
+
+    /// Applies what is pending; a file that is not there is created.
+    ///
+    /// # Errors
+    /// [`StoreError`]; the schema is as it was then.
+    pub fn migrate(&self) -> Result<Vec<Step>, StoreError> {
+        self.apply_pending(&mut self.open_writable()?)
+    }
+
+    /// Reads the version of the schema, and writes nothing: no file, and none beside it.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn version(&self) -> Result<Version, StoreError> {
+        let applied = match self.path.try_exists() {
+            Ok(false) => 0,
+            _ => self.read_version().map_err(|error| self.describe(&error))?,
+        };
+        Ok(Version::new(migrate::SQLITE, applied))
+    }
+
+    fn read_version(&self) -> rusqlite::Result<i64> {
+        let connection = open_to_read(&self.path, self.timeout)?;
+        let has_migrations: bool = connection.query_row(HAS_MIGRATIONS, [], |row| row.get(0))?;
+        match has_migrations {
+            true => connection.query_row(APPLIED, [], |row| row.get(0)),
+            false => Ok(0),
+        }
+    }
+
+    fn open_writable(&self) -> Result<Connection, StoreError> {
+        create_private(&self.path).map_err(|error| {
+            StoreError::Unavailable(format!("{}: {error}", self.path.display()))
+        })?;
+        let connection = self
             .open(WRITER_CACHE_KIB)
             .map_err(|error| self.describe(&error))?;
         // SQLite opens what it may not write to all the same, and fails at the first write.
@@ -336,13 +371,6 @@ impl SqliteStore {
             let why = format!("{}: attempt to open a read-only file", self.path.display());
             return Err(StoreError::Unavailable(why));
         }
-        if self.upkeep == Upkeep::Migrate {
-            self.migrate(&mut connection)?;
-        } else {
-            let applied = operate::applied(&connection).map_err(|error| self.describe(&error))?;
-            migrate::check(migrate::SQLITE, applied)?;
-        }
-        self.take_over(&connection)?;
         Ok(connection)
     }
 
@@ -393,7 +421,7 @@ impl SqliteStore {
         Ok(connection)
     }
 
-    fn migrate(&self, connection: &mut Connection) -> Result<(), StoreError> {
+    fn apply_pending(&self, connection: &mut Connection) -> Result<Vec<Step>, StoreError> {
         let describe = |error: rusqlite::Error| self.describe(&error);
         let transaction = connection
             .transaction_with_behavior(TransactionBehavior::Immediate)
@@ -404,6 +432,7 @@ impl SqliteStore {
         let applied = transaction
             .query_row(APPLIED, [], |row| row.get(0))
             .map_err(describe)?;
+        let mut steps = Vec::new();
         for migration in migrate::pending(migrate::SQLITE, applied)? {
             transaction
                 .execute_batch(migration.sql)
@@ -414,8 +443,13 @@ impl SqliteStore {
                     )
                 })
                 .map_err(describe)?;
+            steps.push(Step {
+                version: migration.version,
+                adopted: None,
+            });
         }
-        transaction.commit().map_err(describe)
+        transaction.commit().map_err(describe)?;
+        Ok(steps)
     }
 
     fn describe(&self, error: &rusqlite::Error) -> StoreError {
@@ -730,6 +764,32 @@ fn create_private(path: &Path) -> std::io::Result<()> {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
         _ => Ok(()),
     }
+}
+
+/// Opens a file for reading without leaving anything beside it. Where there is no WAL, nobody has
+/// it open: what SQLite would create there to read it is not needed then.
+pub(super) fn open_to_read(path: &Path, timeout: Duration) -> rusqlite::Result<Connection> {
+    let mut wal = path.as_os_str().to_owned();
+    wal.push("-wal");
+    let mut uri = String::from("file:");
+    for byte in path.as_os_str().as_encoded_bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'-' | b'_' => {
+                uri.push(char::from(*byte));
+            }
+            other => uri.push_str(&format!("%{other:02x}")),
+        }
+    }
+    uri.push_str("?mode=ro");
+    if !Path::new(&wal).exists() {
+        uri.push_str("&immutable=1");
+    }
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
+        | OpenFlags::SQLITE_OPEN_URI
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(uri, flags)?;
+    connection.busy_timeout(timeout)?;
+    Ok(connection)
 }
 
 /// Reads a row of `SELECT_DUE`, for the attempt to come.

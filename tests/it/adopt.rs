@@ -5,7 +5,7 @@ use postgres::{Client, NoTls};
 use crate::support::destination::{Destination, Seen};
 use crate::support::http;
 use crate::support::metrics;
-use crate::support::postgres::cluster;
+use crate::support::postgres::{TestDb, cluster};
 use crate::support::proxy::{PATIENCE, Setup};
 use crate::support::store;
 
@@ -87,9 +87,8 @@ const ROWS: [Row; 5] = [
     },
 ];
 
-#[test]
-fn rows_of_the_go_program_are_delivered() {
-    let destination = Destination::start();
+/// A database as that program leaves it, with `ROWS`.
+pub fn go_database() -> TestDb {
     let database = cluster().database();
     let mut client = Client::connect(&database.url(), NoTls).expect("connect");
     client.batch_execute(SCHEMA).expect("schema");
@@ -106,6 +105,13 @@ fn rows_of_the_go_program_are_delivered() {
             .execute(INSERT, &[id, method, header, body, origin_url, attempt])
             .expect("insert");
     }
+    database
+}
+
+#[test]
+fn rows_of_the_go_program_are_delivered() {
+    let destination = Destination::start();
+    let database = go_database();
     let setup = Setup::new(&destination.url())
         .set("server.enqueue_rate", 0)
         .set("db.connection_string", database.url())

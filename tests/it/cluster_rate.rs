@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use asyncproxy::queue::migrate::Upkeep;
 use asyncproxy::queue::postgres::PostgresStore;
 use asyncproxy::queue::{Claim, Class, Store};
 
@@ -17,8 +16,7 @@ use crate::support::postgres::{TestDb, cluster};
 use crate::support::proxy::{PATIENCE, Setup, wait_until};
 
 fn open_at(url: &str, per_second: u32) -> PostgresStore {
-    PostgresStore::new(url.parse().unwrap(), 2, true, TIMEOUT, Upkeep::Migrate)
-        .sharing_rate(per_second)
+    PostgresStore::new(url.parse().unwrap(), 2, true, TIMEOUT).sharing_rate(per_second)
 }
 
 fn open(database: &TestDb, per_second: u32) -> PostgresStore {
@@ -139,13 +137,7 @@ fn nobody_waits_for_one_who_holds_the_tokens() {
     assert!(nothing.rows.is_empty());
     assert!(nothing.held_back.is_some());
     // One that does not share the rate needs no token.
-    let other = PostgresStore::new(
-        database.url().parse().unwrap(),
-        1,
-        true,
-        TIMEOUT,
-        Upkeep::Migrate,
-    );
+    let other = PostgresStore::new(database.url().parse().unwrap(), 1, true, TIMEOUT);
     assert_eq!(claim(&other, 10).rows.len(), 10);
     holder.rollback().unwrap();
     assert_eq!(claim(&store, 10).rows.len(), 10);
@@ -154,13 +146,7 @@ fn nobody_waits_for_one_who_holds_the_tokens() {
 #[test]
 fn a_store_with_a_rate_of_its_own_does_without_the_table() {
     let database = cluster().database();
-    let store = PostgresStore::new(
-        database.url().parse().unwrap(),
-        1,
-        true,
-        TIMEOUT,
-        Upkeep::Migrate,
-    );
+    let store = PostgresStore::new(database.url().parse().unwrap(), 1, true, TIMEOUT);
     append_one(&store);
     sql(&database, "DROP TABLE proxy_rate");
     assert_eq!(claim(&store, 1).rows.len(), 1);

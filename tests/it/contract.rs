@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use ::postgres::{Client, SimpleQueryMessage};
-use asyncproxy::queue::migrate::Upkeep;
 use asyncproxy::queue::operate::Operate;
 use asyncproxy::queue::postgres::PostgresStore;
 use asyncproxy::queue::sqlite::SqliteStore;
@@ -133,13 +132,7 @@ impl Bench {
         Bench {
             open: Box::new(move || {
                 let config = url.parse().unwrap();
-                Arc::new(adapt(PostgresStore::new(
-                    config,
-                    5,
-                    is_ordered,
-                    TIMEOUT,
-                    Upkeep::Migrate,
-                )))
+                Arc::new(adapt(PostgresStore::new(config, 5, is_ordered, TIMEOUT)))
             }),
             sql: Box::new(move |sql| sql_client.borrow_mut().batch_execute(sql).unwrap()),
             query: Box::new(move |sql| texts_of_postgres(&mut query_client.borrow_mut(), sql)),

@@ -1,89 +1,190 @@
-//! `asyncproxy migrate` and `db.migrate: false`.
+//! `asyncproxy migrate`, and the program when it must leave the schema alone.
 
-use std::process::{Command, Output};
+use std::fs;
 
+use serde_json::{Value, json};
+
+use crate::adopt;
 use crate::support::destination::Destination;
 use crate::support::http;
+use crate::support::metrics;
+use crate::support::postgres::cluster;
 use crate::support::proxy::{PATIENCE, Setup, wait_until};
-use crate::support::route::{Route, on_routes};
+use crate::support::store;
 
-fn run(setup: &Setup, arguments: &[&str]) -> (Option<i32>, String) {
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = Command::output(setup.command().args(arguments)).unwrap();
-    let text = [stdout, stderr].concat();
-    (status.code(), String::from_utf8(text).unwrap())
+/// On an empty database of each kind.
+fn on_each_store(url: &str, test: impl Fn(Setup)) {
+    test(Setup::new(url));
+    let database = cluster().database();
+    let connection = database.url();
+    let setup = Setup::new(url).set("db.connection_string", connection);
+    test(setup.keep(database));
 }
 
-fn the_schema_is_left_to_who_is_told_to(route: Route) {
-    let destination = Destination::start();
-    let setup = route
-        .to(&destination)
-        .set("db.migrate", false)
-        .set("server.enqueue_rate", 0)
-        .set("proxy.num_clients", 1);
-    let (status, text) = run(&setup, &["migrate", "--status"]);
-    assert_eq!(status, Some(1), "{text}");
-    assert!(
-        text.contains("no queue yet; this program needs version 1"),
-        "{text}"
-    );
-    let (status, text) = run(&setup, &["queue", "ls"]);
-    assert_eq!(status, Some(1), "{text}");
-    assert!(text.contains("run `asyncproxy migrate`"), "{text}");
-    assert!(!setup.path("queue.sqlite").exists());
+/// Exit status, and what was printed where.
+fn run(setup: &Setup, arguments: &[&str]) -> (i32, String, String) {
+    let output = setup.command().arg("migrate").args(arguments).output();
+    let output = output.expect("run");
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    (
+        output.status.code().expect("exit status"),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
 
-    // It runs all the same, and goes on by itself once someone has done it.
+fn printed(status: i32, text: &str) -> (i32, String, String) {
+    (status, text.to_owned(), String::new())
+}
+
+#[test]
+fn applies_what_is_pending_once() {
+    on_each_store("http://127.0.0.1:1", |setup| {
+        let pending = printed(1, "version 1: pending\n");
+        // Asking changes nothing.
+        assert_eq!(run(&setup, &["--status"]), pending);
+        assert_eq!(run(&setup, &["--status"]), pending);
+        assert!(!setup.path("queue.sqlite").exists());
+        assert_eq!(run(&setup, &[]), printed(0, "applied version 1\n"));
+        let applied = printed(0, "version 1: applied\n");
+        assert_eq!(run(&setup, &["--status"]), applied);
+        let nothing = printed(0, "nothing to do: the schema has version 1\n");
+        assert_eq!(run(&setup, &[]), nothing);
+        assert_eq!(store::rows(&setup), 0);
+    });
+}
+
+#[test]
+fn says_it_in_json() {
+    on_each_store("http://127.0.0.1:1", |setup| {
+        let json = |arguments: &[&str]| -> Value {
+            serde_json::from_str(&run(&setup, arguments).1).expect("JSON")
+        };
+        let pending = json!({ "applied": [], "pending": [1], "wanted": 1 });
+        assert_eq!(json(&["--status", "--json"]), pending);
+        let steps = json!([{ "version": 1, "taken_over": null }]);
+        assert_eq!(json(&["--json"]), json!({ "applied": steps, "version": 1 }));
+        let applied = json!({ "applied": [1], "pending": [], "wanted": 1 });
+        assert_eq!(json(&["--json", "--status"]), applied);
+    });
+}
+
+#[test]
+fn status_leaves_nothing_beside_a_file_in_use_or_not() {
+    let setup = Setup::new("http://127.0.0.1:1");
+    assert_eq!(run(&setup, &[]).0, 0);
+    let files = || {
+        let entries = fs::read_dir(setup.path("")).expect("directory");
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let before = files();
+    assert_eq!(run(&setup, &["--status"]).0, 0);
+    assert_eq!(files(), before);
     let proxy = setup.start();
-    proxy.wait_for_log("run `asyncproxy migrate`");
-    wait_until("/readyz with what to do", || {
-        http::get(proxy.control, "/readyz")
-            .text()
-            .contains("asyncproxy migrate")
-    });
-    let (status, text) = run(&setup, &["migrate"]);
-    assert_eq!(
-        (status, text.as_str()),
-        (Some(0), "brought from version 0 to 1\n")
-    );
-    wait_until("/readyz without a fault", || {
-        http::get(proxy.control, "/readyz").text() == "ok\n"
-    });
-    proxy.accept(0..1);
-    destination.wait_for(1, PATIENCE);
+    proxy.wait_for_log("store is ready");
+    assert_eq!(run(&setup, &["--status"]).0, 0);
+    assert_eq!(run(&setup, &[]).0, 0);
     proxy.stop();
-
-    assert_eq!(
-        run(&setup, &["migrate"]),
-        (Some(0), "up to date, at version 1\n".into())
-    );
-    let (status, text) = run(&setup, &["migrate", "--status", "--json"]);
-    assert_eq!(status, Some(0));
-    assert_eq!(
-        text,
-        "{\"up_to_date\":true,\"version\":1,\"wanted\":1,\"was\":1}\n"
-    );
 }
-on_routes!(the_schema_is_left_to_who_is_told_to: sqlite Sqlite, postgres Postgres);
 
-fn a_newer_schema_is_no_business_of_ours(route: Route) {
-    let destination = Destination::start();
-    let setup = route.to(&destination);
-    assert_eq!(run(&setup, &["migrate"]).0, Some(0));
-    crate::support::store::execute(&setup, "UPDATE asyncproxy_migrations SET version = 7");
-    for arguments in [
-        &["migrate"][..],
-        &["migrate", "--status"],
-        &["queue", "status"],
-    ] {
-        let (status, text) = run(&setup, arguments);
-        assert_eq!(status, Some(1), "{text}");
+#[test]
+fn a_newer_schema_is_left_to_the_newer_program() {
+    on_each_store("http://127.0.0.1:1", |setup| {
+        assert_eq!(run(&setup, &[]).0, 0);
+        let newer = "INSERT INTO asyncproxy_migrations (version, applied_at) \
+                     SELECT 2, applied_at FROM asyncproxy_migrations";
+        store::execute(&setup, newer);
+        let (status, told, _) = run(&setup, &["--status"]);
+        assert_eq!(status, 1);
         assert!(
-            text.contains("it has version 7, this program knows versions up to 1"),
-            "{text}"
+            told.contains("version 2: applied by a newer program"),
+            "{told}"
         );
+        let (status, told, error) = run(&setup, &[]);
+        assert_eq!((status, &*told), (1, ""));
+        assert!(error.contains("run the newer program"), "{error}");
+    });
+}
+
+#[test]
+fn a_database_that_is_away_is_one_line() {
+    let url = "postgres://nobody@127.0.0.1:1/none";
+    let setup = Setup::new("http://127.0.0.1:1").set("db.connection_string", url);
+    for arguments in [&["--status"][..], &[]] {
+        let (status, told, error) = run(&setup, arguments);
+        assert_eq!((status, &*told), (1, ""));
+        let start = "asyncproxy: migrate: store not available: 127.0.0.1:1: ";
+        assert!(error.starts_with(start), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
     }
 }
-on_routes!(a_newer_schema_is_no_business_of_ours: sqlite Sqlite, postgres Postgres);
+
+#[test]
+fn without_leave_to_migrate_the_program_waits_for_someone_who_does() {
+    let destination = Destination::start();
+    on_each_store(&destination.url(), |setup| {
+        let setup = setup.set("db.migrate", false);
+        let seen_before = destination.seen().len();
+        let proxy = setup.start();
+        let wanted = "it has version 0, this program wants 1: run asyncproxy migrate";
+        let line = proxy.wait_for_log("store does not work");
+        assert!(line.contains(wanted), "{line}");
+        wait_until("/readyz to tell", || {
+            let ready = http::get(proxy.control, "/readyz");
+            ready.text().contains("nothing can be stored") && ready.text().contains(wanted)
+        });
+        metrics::wait_for(&proxy, "the metric", |now| {
+            now.get("asyncproxy_store_up") == 0.0
+        });
+        // Requests go direct meanwhile.
+        proxy.accept(0..3);
+        wait_until("delivery", || destination.seen().len() == seen_before + 3);
+        assert_eq!(run(&setup, &["--status"]).0, 1);
+        assert_eq!(run(&setup, &[]), printed(0, "applied version 1\n"));
+        proxy.wait_for_log("store works again");
+        wait_until("/readyz to be content", || {
+            http::get(proxy.control, "/readyz").text() == "ok\n"
+        });
+        proxy.stop();
+    });
+}
+
+#[test]
+fn the_spool_takes_what_the_store_must_wait_for() {
+    let destination = Destination::start();
+    let database = cluster().database();
+    let setup = Setup::new(&destination.url())
+        .set("db.connection_string", database.url())
+        .set("db.migrate", false)
+        .set("db.spool", "sqlite:spool.sqlite")
+        .set("server.enqueue_rate", 0)
+        .keep(database);
+    let proxy = setup.start();
+    proxy.wait_for_log("run asyncproxy migrate");
+    proxy.accept(0..5);
+    metrics::wait_for(&proxy, "the spool", |now| {
+        now.get("asyncproxy_spool_rows") == 5.0
+    });
+    assert_eq!(run(&setup, &[]), printed(0, "applied version 1\n"));
+    destination.wait_for_numbers(5, PATIENCE);
+    proxy.stop();
+    assert_eq!(store::rows(&setup), 0);
+}
+
+#[test]
+fn the_go_programs_queue_is_taken_over_by_migrate_only() {
+    let destination = Destination::start();
+    let database = adopt::go_database();
+    let setup = Setup::new(&destination.url()).set("db.connection_string", database.url());
+    let setup = setup.keep(database).set("db.migrate", false);
+    let proxy = setup.start();
+    proxy.wait_for_log("run asyncproxy migrate");
+    let (status, told, _) = run(&setup, &[]);
+    let taken_over =
+        "applied version 1, took over the queue of the Go program: 3 waiting, 2 dead letters\n";
+    assert_eq!((status, &*told), (0, taken_over));
+    wait_until("its requests", || destination.seen().len() == 3);
+    proxy.stop();
+}

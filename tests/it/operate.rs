@@ -38,7 +38,6 @@ operate!(
     buried_rows_say_who_did_it,
     rows_that_are_being_sent_are_left_alone,
     nothing_is_claimed_while_paused,
-    versions_are_told_without_a_queue,
 );
 
 fn failed(status: Option<u16>) -> Failure {
@@ -364,12 +363,4 @@ fn nothing_is_claimed_while_paused(bench: &Bench) {
     assert_eq!(store.set_paused(false), Ok(true));
     assert_eq!(store.set_paused(false), Ok(false));
     assert_eq!(claim(other, 10).len(), 2);
-}
-
-fn versions_are_told_without_a_queue(bench: &Bench) {
-    let store = &*bench.operate();
-    store.sample().unwrap();
-    let versions = store.versions().unwrap();
-    assert_eq!(versions.applied, versions.wanted);
-    assert!(!versions.is_go_table);
 }

@@ -4,7 +4,6 @@
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
-use asyncproxy::queue::migrate::Upkeep;
 use asyncproxy::queue::postgres::PostgresStore;
 use asyncproxy::queue::{Claimed, Class, Store, StoreError};
 
@@ -30,13 +29,7 @@ const GO_SCHEMA: &str = "
 const SHORT_TIMEOUT: Duration = Duration::from_millis(300);
 
 fn open_with(url: &str, max_connections: u32, timeout: Duration) -> PostgresStore {
-    PostgresStore::new(
-        url.parse().unwrap(),
-        max_connections,
-        true,
-        timeout,
-        Upkeep::Migrate,
-    )
+    PostgresStore::new(url.parse().unwrap(), max_connections, true, timeout)
 }
 
 fn open(database: &TestDb) -> PostgresStore {

@@ -477,7 +477,7 @@ fn arguments_that_make_no_sense_are_refused() {
     let (status, error) = refused(&setup, &["ls"]);
     assert_eq!(status, 1);
     assert!(
-        error.contains("there is no queue yet: run `asyncproxy migrate`"),
+        error.contains("it has version 0, this program wants 1: run asyncproxy migrate"),
         "{error}"
     );
     assert!(!setup.path("queue.sqlite").exists());

@@ -5,7 +5,6 @@ use std::process::{Command, Stdio};
 
 use asyncproxy::config::PostgresServer;
 use asyncproxy::queue::Store;
-use asyncproxy::queue::migrate::Upkeep;
 use asyncproxy::queue::postgres::PostgresStore;
 
 use crate::contract::{TIMEOUT, append_one, claim, counts, delivered};
@@ -14,7 +13,7 @@ use crate::support::dedicated::DedicatedCluster;
 
 fn open(string: &str) -> PostgresStore {
     let server: PostgresServer = string.parse().unwrap();
-    PostgresStore::new(server, 2, true, TIMEOUT, Upkeep::Migrate)
+    PostgresStore::new(server, 2, true, TIMEOUT)
 }
 
 /// Whether the store can be used, or why not.

@@ -12,6 +12,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::super::StoreError;
+use super::super::migrate::Adopted;
 use super::connections::Fault;
 use super::statements::{APPEND, APPEND_DEAD};
 use super::{NewRows, to_storable};
@@ -82,13 +83,6 @@ const OPEN: &str = r#"
 const CLOSE: &str = "
     CLOSE asyncproxy_go_rows;
     DROP TABLE asyncproxy_go_requests";
-
-/// Rows taken over.
-#[derive(Default)]
-pub(super) struct Adopted {
-    pub(super) waiting: u64,
-    pub(super) dead: u64,
-}
 
 /// Its table, renamed.
 pub(super) struct Adoption(());

@@ -22,7 +22,6 @@ use r2d2::{ManageConnection, NopErrorHandler, Pool};
 use r2d2_postgres::PostgresConnectionManager;
 
 use super::super::StoreError;
-use super::super::migrate::Upkeep;
 use super::schema;
 #[cfg(feature = "tls")]
 use super::tls::Connector;
@@ -76,12 +75,7 @@ impl fmt::Debug for Connections {
 
 impl Connections {
     /// Connects to nothing yet.
-    pub(super) fn new(
-        server: PostgresServer,
-        max: u32,
-        timeout: Duration,
-        upkeep: Upkeep,
-    ) -> Connections {
+    pub(super) fn new(server: PostgresServer, max: u32, timeout: Duration) -> Connections {
         let max = max.max(1);
         let checkout = timeout
             .min(CHECKOUT_TIMEOUT_MAX)
@@ -101,13 +95,18 @@ impl Connections {
                 pool,
                 last_error,
                 max,
-                upkeep,
-                migrated: AtomicBool::new(upkeep == Upkeep::None),
+                migrates: AtomicBool::new(true),
+                migrated: AtomicBool::new(false),
                 migrating: Mutex::new(()),
             }),
             jobs: bounded(0),
             threads: Mutex::default(),
         }
+    }
+
+    /// From now on the schema is only looked at.
+    pub(super) fn never_migrate(&self) {
+        self.shared.migrates.store(false, Ordering::Release);
     }
 
     /// Runs `operation` for `timeout` at most, again on another connection if the one it got had died while idle: so
@@ -186,8 +185,8 @@ struct Shared {
     pool: Pool<Manager>,
     last_error: Arc<Mutex<Option<String>>>,
     max: u32,
-    upkeep: Upkeep,
-    /// Or checked.
+    /// Whether the schema may be changed; else it must be right.
+    migrates: AtomicBool,
     migrated: AtomicBool,
     migrating: Mutex<()>,
 }
@@ -232,9 +231,9 @@ impl Shared {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if !self.migrated.load(Ordering::Acquire) {
-            match self.upkeep {
-                Upkeep::Migrate => schema::migrate(client)?,
-                Upkeep::Check | Upkeep::None => schema::check(client)?,
+            match self.migrates.load(Ordering::Acquire) {
+                true => schema::migrate_at_start(client)?,
+                false => schema::version(client)?.require()?,
             }
             self.migrated.store(true, Ordering::Release);
         }
@@ -251,6 +250,17 @@ impl Shared {
             None => StoreError::Unavailable("no connection".into()),
         }
     }
+}
+
+/// One connection for a command, which waits for its answers without a limit.
+///
+/// # Errors
+/// [`StoreError::Unavailable`], with the hosts that were tried.
+pub(super) fn connect(server: &PostgresServer, timeout: Duration) -> Result<Client, StoreError> {
+    let manager = Manager::new(server.clone(), timeout);
+    manager.open().map_err(|error| {
+        StoreError::Unavailable(format!("{}: {}", manager.address, one_line(&error)))
+    })
 }
 
 /// A connection. Dropped, not reused, once it is `broken`.
@@ -411,7 +421,7 @@ fn is_fatal(error: &DbError) -> bool {
     ) || matches!(error.severity(), "FATAL" | "PANIC")
 }
 
-fn describe(fault: Fault) -> StoreError {
+pub(super) fn describe(fault: Fault) -> StoreError {
     let error = match fault {
         Fault::Store(error) => return error,
         Fault::Postgres(error) => error,

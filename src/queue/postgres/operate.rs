@@ -5,11 +5,11 @@ use ::postgres::{Client, Row as PostgresRow};
 use uuid::Uuid;
 
 use super::super::operate::{
-    Action, BURIED, Counts, Filter, LastStatus, Operate, Position, Row, State, Versions,
+    Action, BURIED, Counts, Filter, LastStatus, Operate, Position, Row, State,
 };
 use super::super::{BATCH_ROWS_MAX, StoreError};
 use super::connections::Fault;
-use super::{Parameter, PostgresStore, count, schema, to_seconds};
+use super::{Parameter, PostgresStore, count, to_seconds};
 
 /// What of a queue's rows passes a filter. The parameters are those of [`Conditions`].
 macro_rules! passes {
@@ -190,10 +190,6 @@ impl Conditions {
 }
 
 impl Operate for PostgresStore {
-    fn versions(&self) -> Result<Versions, StoreError> {
-        self.run(self.timeout, schema::versions)
-    }
-
     fn set_paused(&self, is_paused: bool) -> Result<bool, StoreError> {
         self.run(self.timeout, move |client| {
             let statement = if is_paused { PAUSE } else { RESUME };

@@ -4,9 +4,8 @@ use ::postgres::types::Type;
 use ::postgres::{Client, Transaction};
 
 use super::super::StoreError;
-use super::super::migrate::{self, Migration};
-use super::super::operate::Versions;
-use super::adopt::{self, Adopted};
+use super::super::migrate::{self, Adopted, Migration, Step, Version};
+use super::adopt;
 use super::connections::Fault;
 
 /// Held until the end of the transaction; the key is the program's name in ASCII.
@@ -17,10 +16,6 @@ const ENCODING: &str = "SELECT getdatabaseencoding()::text";
 
 /// Asked first: a role that may not create tables can still use those that are there.
 const HAS_MIGRATIONS: &str = "SELECT to_regclass('asyncproxy_migrations') IS NOT NULL";
-
-const HAS_TABLES: &str = "
-    SELECT to_regclass('asyncproxy_migrations') IS NOT NULL,
-           to_regclass('proxy_requests') IS NOT NULL";
 
 const CREATE_MIGRATIONS: &str = "
     CREATE TABLE asyncproxy_migrations (
@@ -39,7 +34,7 @@ const RECORD: &str = "
 /// # Errors
 /// [`StoreError::Schema`] if the tables found are not ones to
 /// work with; otherwise the server's error. Nothing has changed then.
-pub(super) fn migrate(client: &mut Client) -> Result<(), Fault> {
+pub(super) fn migrate(client: &mut Client) -> Result<Vec<Step>, Fault> {
     let mut transaction = client.transaction()?;
     transaction.query_typed_one(LOCK, &[])?;
     let encoding: String = transaction.query_typed_one(ENCODING, &[])?.try_get(0)?;
@@ -55,49 +50,39 @@ pub(super) fn migrate(client: &mut Client) -> Result<(), Fault> {
         transaction.batch_execute(CREATE_MIGRATIONS)?;
     }
     let applied: i64 = transaction.query_typed_one(APPLIED, &[])?.try_get(0)?;
-    let mut adopted = None;
+    let mut steps = Vec::new();
     for migration in migrate::pending(migrate::POSTGRES, applied)? {
-        adopted = apply(&mut transaction, migration)?.or(adopted);
+        steps.push(apply(&mut transaction, migration)?);
     }
     transaction.commit()?;
-    if let Some(Adopted { waiting, dead }) = adopted {
+    Ok(steps)
+}
+
+/// Reads the version and changes nothing.
+///
+/// # Errors
+/// The server's.
+pub(super) fn version(client: &mut Client) -> Result<Version, Fault> {
+    let has_migrations: bool = client.query_typed_one(HAS_MIGRATIONS, &[])?.try_get(0)?;
+    let applied = match has_migrations {
+        true => client.query_typed_one(APPLIED, &[])?.try_get(0)?,
+        false => 0,
+    };
+    Ok(Version::new(migrate::POSTGRES, applied))
+}
+
+/// As a running program does it: with a line in the log for what is remarkable.
+///
+/// # Errors
+/// As [`migrate`].
+pub(super) fn migrate_at_start(client: &mut Client) -> Result<(), Fault> {
+    for Adopted { waiting, dead } in migrate(client)?.iter().filter_map(|step| step.adopted) {
         log::info!(waiting, dead; "took over the queue of the Go program");
     }
     Ok(())
 }
 
-/// What the schema is at, and whether there is a table that would be converted. Changes nothing.
-///
-/// # Errors
-/// The server's.
-pub(super) fn versions(client: &mut Client) -> Result<Versions, Fault> {
-    let row = client.query_typed_one(HAS_TABLES, &[])?;
-    let (has_migrations, has_table): (bool, bool) = (row.try_get(0)?, row.try_get(1)?);
-    let applied = if has_migrations {
-        client.query_typed_one(APPLIED, &[])?.try_get(0)?
-    } else {
-        0
-    };
-    Ok(Versions {
-        applied,
-        wanted: migrate::latest(migrate::POSTGRES),
-        is_go_table: has_table && applied == 0,
-    })
-}
-
-/// Whether the schema can be worked with as it is.
-///
-/// # Errors
-/// [`StoreError::Schema`] if not; otherwise the server's.
-pub(super) fn check(client: &mut Client) -> Result<(), Fault> {
-    let applied = versions(client)?.applied;
-    Ok(migrate::check(migrate::POSTGRES, applied)?)
-}
-
-fn apply(
-    transaction: &mut Transaction<'_>,
-    migration: &Migration,
-) -> Result<Option<Adopted>, Fault> {
+fn apply(transaction: &mut Transaction<'_>, migration: &Migration) -> Result<Step, Fault> {
     // The first table has the name of one that the Go program may have left.
     let adoption = if migration.version == 1 {
         adopt::set_aside(transaction)?
@@ -110,5 +95,8 @@ fn apply(
         None => None,
     };
     transaction.execute_typed(RECORD, &[(&migration.version, Type::INT8)])?;
-    Ok(adopted)
+    Ok(Step {
+        version: migration.version,
+        adopted,
+    })
 }

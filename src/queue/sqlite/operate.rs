@@ -1,12 +1,12 @@
 //! What an operator does: see [`Operate`].
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row as SqliteRow, params};
+use rusqlite::{Connection, OptionalExtension, Row as SqliteRow, params};
 use uuid::Uuid;
 
 use super::super::operate::{
-    Action, BURIED, Counts, Filter, LastStatus, Operate, Position, Row, State, Versions,
+    Action, BURIED, Counts, Filter, LastStatus, Operate, Position, Row, State,
 };
-use super::super::{BATCH_ROWS_MAX, StoreError, migrate};
+use super::super::{BATCH_ROWS_MAX, StoreError};
 use super::{SqliteStore, from_ms, now_ms, sub_ms};
 
 /// What of a queue's rows passes a filter; `?1` is now.
@@ -184,25 +184,6 @@ impl SqliteStore {
 }
 
 impl Operate for SqliteStore {
-    fn versions(&self) -> Result<Versions, StoreError> {
-        let mut versions = Versions {
-            applied: 0,
-            wanted: migrate::latest(migrate::SQLITE),
-            is_go_table: false,
-        };
-        if !self.path.exists() {
-            return Ok(versions);
-        }
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let read = || {
-            let connection = Connection::open_with_flags(&self.path, flags)?;
-            connection.busy_timeout(self.timeout)?;
-            applied(&connection)
-        };
-        versions.applied = read().map_err(|error| self.describe(&error))?;
-        Ok(versions)
-    }
-
     fn set_paused(&self, is_paused: bool) -> Result<bool, StoreError> {
         self.write(|transaction| {
             let changed = if is_paused {
@@ -333,16 +314,6 @@ impl Operate for SqliteStore {
             Ok(changed as u64)
         })
     }
-}
-
-/// The version of a schema; 0 if there is none.
-pub(super) fn applied(connection: &Connection) -> rusqlite::Result<i64> {
-    let has_migrations = "
-        SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = 'asyncproxy_migrations')";
-    if !connection.query_row(has_migrations, [], |row| row.get::<_, bool>(0))? {
-        return Ok(0);
-    }
-    connection.query_row(super::APPLIED, [], |row| row.get(0))
 }
 
 fn read(row: &SqliteRow<'_>) -> rusqlite::Result<Row> {

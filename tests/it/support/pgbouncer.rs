@@ -19,10 +19,16 @@ pub struct Pgbouncer {
     guard: Child,
     port: u16,
     server: (String, u16),
+    mode: &'static str,
 }
 
 impl Pgbouncer {
     pub fn start(database: &TestDb) -> Pgbouncer {
+        Pgbouncer::pooling_by("transaction", database)
+    }
+
+    /// With another `pool_mode`.
+    pub fn pooling_by(mode: &'static str, database: &TestDb) -> Pgbouncer {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let is_installed = std::env::split_paths(&path)
             .chain(["/usr/sbin".into()])
@@ -31,7 +37,7 @@ impl Pgbouncer {
         for _ in 0..5 {
             // Someone else may take the port first.
             let server = (database.name().to_owned(), database.port());
-            if let Some(running) = Pgbouncer::try_start(server, free_port()) {
+            if let Some(running) = Pgbouncer::try_start(server, free_port(), mode) {
                 return running;
             }
         }
@@ -42,15 +48,15 @@ impl Pgbouncer {
     pub fn restart(&mut self) {
         self.end();
         let server = self.server.clone();
-        let restarted = Pgbouncer::try_start(server, self.port);
+        let restarted = Pgbouncer::try_start(server, self.port, self.mode);
         *self = restarted.expect("pgbouncer starts again");
     }
 
-    fn try_start(server: (String, u16), port: u16) -> Option<Pgbouncer> {
+    fn try_start(server: (String, u16), port: u16, mode: &'static str) -> Option<Pgbouncer> {
         let directory = TempDir::new().expect("temporary directory");
         give_to_server_account(directory.path());
         let configuration = directory.path().join("pgbouncer.ini");
-        fs::write(&configuration, ini(&server, port)).expect("write pgbouncer.ini");
+        fs::write(&configuration, ini(&server, port, mode)).expect("write pgbouncer.ini");
         give_to_server_account(&configuration);
         // The server account's shell removes the directory: this process may be killed.
         let _ = directory.keep();
@@ -65,6 +71,7 @@ impl Pgbouncer {
             guard,
             port,
             server,
+            mode,
         };
         let deadline = Instant::now() + START_TIMEOUT;
         while Instant::now() < deadline {
@@ -94,7 +101,7 @@ impl Drop for Pgbouncer {
     }
 }
 
-fn ini((name, server_port): &(String, u16), port: u16) -> String {
+fn ini((name, server_port): &(String, u16), port: u16, mode: &str) -> String {
     format!(
         "[databases]\n\
          {name} = host=127.0.0.1 port={server_port} dbname={name} user=test\n\
@@ -103,7 +110,7 @@ fn ini((name, server_port): &(String, u16), port: u16) -> String {
          listen_port = {port}\n\
          unix_socket_dir =\n\
          auth_type = any\n\
-         pool_mode = transaction\n\
+         pool_mode = {mode}\n\
          default_pool_size = {POOL_SIZE}\n\
          max_client_conn = 200\n"
     )

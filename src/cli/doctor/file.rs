@@ -1,0 +1,301 @@
+//! A SQLite file, the queue's or the spool's, and the disk below it.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Access, access, statfs, statvfs};
+use rustix::process::geteuid;
+
+use super::{Doctor, Finding, PATIENCE, size, within};
+use crate::config::Config;
+use crate::queue::migrate::{Policy, Version};
+use crate::queue::sqlite::{SqliteStore, inspect};
+
+const FREE_MIN: u64 = 64 << 20;
+const FREE_LITTLE: u64 = 1 << 30;
+/// It is cut back to 16 MiB after each copy into the database, unless a reader stays in it.
+const WAL_LARGE: u64 = 256 << 20;
+/// Others than the owner.
+const OTHERS: u32 = 0o077;
+
+/// File systems over a network, by the magic number that statfs(2) tells; SQLite's locks and shared
+/// memory do not work on them.
+const NETWORK: [(u32, &str); 7] = [
+    (0x6969, "NFS"),
+    (0x517b, "SMB"),
+    (0xff53_4d42, "CIFS"),
+    (0xfe53_4d42, "SMB2"),
+    (0x0102_1997, "9P"),
+    (0x00c3_6400, "Ceph"),
+    (0x5346_414f, "AFS"),
+];
+
+pub(super) fn findings(
+    about: &'static str,
+    path: &Path,
+    config: &Config,
+    options: Doctor,
+) -> Vec<Finding> {
+    let shown = path.display().to_string();
+    let owned = path.to_owned();
+    let Some(facts) = within(PATIENCE, move || Facts::gather(&owned)) else {
+        return vec![stuck(about, &shown)];
+    };
+    let policy = match about {
+        "db.spool" => Policy::Apply,
+        _ => config.db.migrate,
+    };
+    let mut findings = vec![usable(about, &shown, &facts)];
+    if findings.iter().any(|finding| finding.mend.is_some()) {
+        findings.extend(network(about, &facts));
+        return findings;
+    }
+    if facts.file.is_some() {
+        findings.push(private(about, &shown, &facts));
+    }
+    findings.extend(network(about, &facts));
+    findings.extend(facts.free.map(|free| space(about, free)));
+    findings.extend(wal(about, facts.wal_bytes));
+    let store = SqliteStore::new(path.to_owned(), config.db.use_index, config.db.timeout);
+    findings.push(match store.version() {
+        Ok(version) => schema(about, version, policy),
+        Err(error) => unreadable(about, &error.to_string()),
+    });
+    if options.deep && facts.file.is_some() {
+        let checked = inspect::quick_check(path, config.db.timeout);
+        findings.push(intact(about, checked));
+    }
+    findings
+}
+
+/// What the system knows of it.
+#[derive(Debug, Default)]
+struct Facts {
+    /// `None`: not there.
+    file: Option<File>,
+    /// Files can be made and changed in its directory.
+    has_directory: bool,
+    own_user: u32,
+    network: Option<&'static str>,
+    /// Bytes, for users without special rights.
+    free: Option<u64>,
+    wal_bytes: u64,
+}
+
+#[derive(Debug)]
+struct File {
+    is_regular: bool,
+    is_accessible: bool,
+    mode: u32,
+    owner: u32,
+}
+
+impl Facts {
+    fn gather(path: &Path) -> Facts {
+        let directory = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        let mut wal = path.as_os_str().to_owned();
+        wal.push("-wal");
+        let file = fs::metadata(path).ok().map(|metadata| File {
+            is_regular: metadata.is_file(),
+            is_accessible: access(path, Access::READ_OK | Access::WRITE_OK).is_ok(),
+            mode: metadata.mode() & 0o7777,
+            owner: metadata.uid(),
+        });
+        let system = statfs(&directory).ok();
+        let magic = system.map(|system| u32::try_from(i128::from(system.f_type) & 0xffff_ffff));
+        let magic = magic.and_then(Result::ok);
+        let known = |magic| NETWORK.iter().find(|(number, _)| *number == magic);
+        Facts {
+            file,
+            has_directory: access(&directory, Access::WRITE_OK | Access::EXEC_OK).is_ok(),
+            own_user: geteuid().as_raw(),
+            network: magic.and_then(known).map(|(_, name)| *name),
+            free: statvfs(&directory)
+                .ok()
+                .map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize)),
+            wal_bytes: fs::metadata(wal).map_or(0, |metadata| metadata.len()),
+        }
+    }
+}
+
+fn stuck(about: &'static str, path: &str) -> Finding {
+    Finding::error(
+        about,
+        format!("{path}: its disk does not answer within {PATIENCE:?}"),
+        "see whether the file system is mounted and well",
+    )
+}
+
+fn usable(about: &'static str, path: &str, facts: &Facts) -> Finding {
+    match &facts.file {
+        _ if !facts.has_directory => Finding::error(
+            about,
+            format!("{path}: no files can be made in its directory"),
+            "make the directory, and have it belong to the user that the program runs as",
+        ),
+        None => Finding::ok(about, format!("{path} is not there yet")),
+        Some(file) if !file.is_regular => Finding::error(
+            about,
+            format!("{path} is not a file"),
+            "name a file after sqlite:",
+        ),
+        Some(file) if !file.is_accessible => Finding::error(
+            about,
+            format!("{path} cannot be read and written by this user"),
+            format!("chown it to the user that the program runs as, and chmod 600 {path}"),
+        ),
+        Some(_) => Finding::ok(about, format!("{path} can be read and written")),
+    }
+}
+
+fn private(about: &'static str, path: &str, facts: &Facts) -> Finding {
+    match &facts.file {
+        Some(file) if file.mode & OTHERS != 0 => Finding::warning(
+            about,
+            format!("mode {:04o}: others may read what senders sent", file.mode),
+            format!("chmod 600 {path}*"),
+        ),
+        Some(file) if file.owner != facts.own_user => Finding::warning(
+            about,
+            format!(
+                "it belongs to user {}, this is {}",
+                file.owner, facts.own_user
+            ),
+            "run this as the user that the program runs as, or chown the file to it",
+        ),
+        _ => Finding::ok(about, "only its owner may read it"),
+    }
+}
+
+fn network(about: &'static str, facts: &Facts) -> Option<Finding> {
+    let name = facts.network?;
+    Some(Finding::error(
+        about,
+        format!("it lies on {name}, a network file system, where SQLite loses data"),
+        "put it on a local disk, or use Postgres",
+    ))
+}
+
+fn space(about: &'static str, free: u64) -> Finding {
+    let found = format!("{} free on its disk", size(free));
+    let mend = "make room: a full disk refuses requests";
+    match free {
+        0..FREE_MIN => Finding::error(about, found, mend),
+        FREE_MIN..FREE_LITTLE => Finding::warning(about, found, mend),
+        _ => Finding::ok(about, found),
+    }
+}
+
+fn wal(about: &'static str, bytes: u64) -> Option<Finding> {
+    (bytes > WAL_LARGE).then(|| {
+        Finding::warning(
+            about,
+            format!("its -wal file has {}", size(bytes)),
+            "end whatever else reads the file: as long as it does, the log cannot be cut",
+        )
+    })
+}
+
+/// Of either store.
+pub(super) fn schema(about: &'static str, version: Version, policy: Policy) -> Finding {
+    let Version { applied, wanted } = version;
+    match (version.require(), policy) {
+        (Ok(()), _) => Finding::ok(about, format!("the schema has version {applied}")),
+        (Err(_), Policy::Apply) if applied < wanted => Finding::ok(
+            about,
+            format!("the schema has version {applied}, and gets {wanted} at the next start"),
+        ),
+        (Err(_), _) => Finding::error(
+            about,
+            format!("the schema has version {applied}, this program wants {wanted}"),
+            match applied < wanted {
+                true => "run asyncproxy migrate (db.migrate is false)",
+                false => "run the newer program",
+            },
+        ),
+    }
+}
+
+fn unreadable(about: &'static str, error: &str) -> Finding {
+    let mend = "if it is no SQLite file, name another; else restore it";
+    Finding::error(about, error, mend)
+}
+
+fn intact(about: &'static str, checked: Result<String, String>) -> Finding {
+    match checked {
+        Ok(lines) if lines == "ok" => Finding::ok(about, "quick_check finds nothing wrong"),
+        Ok(lines) | Err(lines) => Finding::error(
+            about,
+            format!("quick_check: {lines}"),
+            "stop the program, and rescue it with the sqlite3 shell's .recover",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Level;
+    use super::*;
+
+    fn facts(file: Option<File>) -> Facts {
+        Facts {
+            file,
+            has_directory: true,
+            ..Facts::default()
+        }
+    }
+
+    fn file(mode: u32, owner: u32, is_accessible: bool) -> Option<File> {
+        Some(File {
+            is_regular: true,
+            is_accessible,
+            mode,
+            owner,
+        })
+    }
+
+    #[test]
+    fn a_file_must_be_usable_and_private() {
+        let usable = |facts: &Facts| usable("a", "path", facts).level;
+        assert_eq!(usable(&facts(None)), Level::Ok);
+        assert_eq!(usable(&facts(file(0o600, 0, true))), Level::Ok);
+        assert_eq!(usable(&facts(file(0o600, 0, false))), Level::Error);
+        assert_eq!(usable(&Facts::default()), Level::Error);
+        assert_eq!(stuck("a", "path").level, Level::Error);
+        let private = |mode, owner| private("a", "path", &facts(file(mode, owner, true))).level;
+        assert_eq!(private(0o600, 0), Level::Ok);
+        assert_eq!(private(0o644, 0), Level::Warning);
+        assert_eq!(private(0o600, 1), Level::Warning);
+    }
+
+    #[test]
+    fn what_lies_below_it_is_judged() {
+        let on = |network| Facts {
+            network,
+            ..Facts::default()
+        };
+        assert_eq!(network("a", &on(None)), None);
+        assert_eq!(network("a", &on(Some("NFS"))).unwrap().level, Level::Error);
+        assert_eq!(space("a", 0).level, Level::Error);
+        assert_eq!(space("a", FREE_MIN).level, Level::Warning);
+        assert_eq!(space("a", FREE_LITTLE).level, Level::Ok);
+        assert_eq!(wal("a", WAL_LARGE), None);
+        assert_eq!(wal("a", WAL_LARGE + 1).unwrap().level, Level::Warning);
+        assert_eq!(intact("a", Ok("ok".into())).level, Level::Ok);
+        assert_eq!(intact("a", Err("malformed".into())).level, Level::Error);
+        assert!(Facts::gather(Path::new("none")).free.is_some());
+    }
+
+    #[test]
+    fn a_schema_is_pending_or_wrong() {
+        let level = |applied, policy| schema("a", Version { applied, wanted: 2 }, policy).level;
+        assert_eq!(level(2, Policy::Require), Level::Ok);
+        assert_eq!(level(0, Policy::Apply), Level::Ok);
+        assert_eq!(level(0, Policy::Require), Level::Error);
+        assert_eq!(level(3, Policy::Apply), Level::Error);
+    }
+}

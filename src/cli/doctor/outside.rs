@@ -1,0 +1,148 @@
+//! The destination, and an instance that may be running here.
+
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::time::{Duration, Instant};
+
+use http::uri::Scheme;
+use serde_json::Value;
+
+use super::{Finding, PATIENCE, within};
+use crate::config::{Bind, Config, RemoteUrl};
+use crate::upstream;
+
+/// Addresses of one name that are tried.
+const ADDRESSES_MAX: usize = 4;
+
+pub(super) fn findings(config: &Config) -> Vec<Finding> {
+    let remote = &config.proxy.remote_url;
+    let shown = format!("{}://{}", remote.scheme, remote.authority);
+    vec![
+        destination(&shown, reach(remote)),
+        instance(asked(&config.metrics.bind)),
+    ]
+}
+
+/// Resolves and connects; sends nothing.
+fn reach(remote: &RemoteUrl) -> Result<(SocketAddr, Duration), String> {
+    let default_port = if remote.scheme == Scheme::HTTPS {
+        443
+    } else {
+        80
+    };
+    let port = remote.authority.port_u16().unwrap_or(default_port);
+    // An IPv6 address has brackets there.
+    let host = remote.authority.host().trim_matches(['[', ']']).to_owned();
+    let resolved = within(PATIENCE, move || {
+        let addresses = (host.as_str(), port).to_socket_addrs();
+        addresses.map(|addresses| addresses.take(ADDRESSES_MAX).collect::<Vec<_>>())
+    });
+    let addresses = resolved
+        .ok_or_else(|| format!("its name is not resolved within {PATIENCE:?}"))?
+        .map_err(|error| format!("its name is not resolved: {error}"))?;
+    let deadline = Instant::now() + PATIENCE;
+    let mut last = "its name has no address".to_owned();
+    for address in addresses {
+        let began = Instant::now();
+        let left = deadline.saturating_duration_since(began);
+        if left.is_zero() {
+            break;
+        }
+        match TcpStream::connect_timeout(&address, left) {
+            Ok(_) => return Ok((address, began.elapsed())),
+            Err(error) => last = format!("{address}: {error}"),
+        }
+    }
+    Err(last)
+}
+
+fn destination(shown: &str, reached: Result<(SocketAddr, Duration), String>) -> Finding {
+    const ABOUT: &str = "proxy.remote_url";
+    match reached {
+        Ok((address, took)) => Finding::ok(
+            ABOUT,
+            format!(
+                "{shown} accepts connections on {address}, after {:.1} ms; nothing was sent",
+                took.as_secs_f64() * 1000.0
+            ),
+        ),
+        Err(error) => Finding::error(
+            ABOUT,
+            format!("{shown} cannot be reached: {error}"),
+            "start it, or correct the URL; requests wait in the queue meanwhile",
+        ),
+    }
+}
+
+/// What answered on the control port.
+#[derive(Debug)]
+enum Answer {
+    /// The version that `/status` tells.
+    Version(String),
+    Nothing(String),
+    /// Something that is no asyncproxy.
+    Strange(String),
+    NotAsked(String),
+}
+
+fn asked(bind: &Bind) -> Answer {
+    let address = match bind {
+        Bind::All(port) => format!("localhost:{port}"),
+        Bind::Host(host, port) if host.contains(':') => format!("[{host}]:{port}"),
+        Bind::Host(host, port) => format!("{host}:{port}"),
+        Bind::Unix(_) | Bind::Systemd(_) => return Answer::NotAsked(bind.to_string()),
+    };
+    let told = match upstream::get_text(&format!("http://{address}/status"), PATIENCE) {
+        Ok(told) => told,
+        Err(error) => return Answer::Nothing(format!("{address}: {error}")),
+    };
+    let status: Option<Value> = serde_json::from_str(&told).ok();
+    let version = status
+        .as_ref()
+        .and_then(|status| status.get("version")?.as_str());
+    match version {
+        Some(version) => Answer::Version(version.to_owned()),
+        None => Answer::Strange(address),
+    }
+}
+
+fn instance(answer: Answer) -> Finding {
+    const ABOUT: &str = "metrics.bind";
+    const OWN: &str = env!("CARGO_PKG_VERSION");
+    match answer {
+        Answer::Version(version) if version == OWN => {
+            Finding::ok(ABOUT, format!("an instance runs here, version {OWN}"))
+        }
+        Answer::Version(version) => Finding::warning(
+            ABOUT,
+            format!("the instance that runs here has version {version}, this is {OWN}"),
+            "restart it, so that it runs what is installed",
+        ),
+        Answer::Nothing(error) => Finding::ok(ABOUT, format!("no instance runs here ({error})")),
+        Answer::Strange(address) => Finding::error(
+            ABOUT,
+            format!("what answers on {address} is not asyncproxy"),
+            "set metrics.bind to an address that is free",
+        ),
+        Answer::NotAsked(bind) => Finding::ok(ABOUT, format!("not asked: it is {bind}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Level;
+    use super::*;
+
+    #[test]
+    fn what_answers_is_told_apart() {
+        let level = |answer| instance(answer).level;
+        let version = |version: &str| Answer::Version(version.to_owned());
+        assert_eq!(level(version(env!("CARGO_PKG_VERSION"))), Level::Ok);
+        assert_eq!(level(version("0.0.1")), Level::Warning);
+        assert_eq!(level(Answer::Nothing("refused".into())), Level::Ok);
+        assert_eq!(level(Answer::Strange("a:1".into())), Level::Error);
+        assert_eq!(level(asked(&Bind::Unix("/a".into()))), Level::Ok);
+        let reached = Ok((([127, 0, 0, 1], 1).into(), Duration::ZERO));
+        assert_eq!(destination("a", reached).level, Level::Ok);
+        assert_eq!(destination("a", Err("refused".into())).level, Level::Error);
+    }
+}
