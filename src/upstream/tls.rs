@@ -88,6 +88,17 @@ impl fmt::Debug for Secured {
     }
 }
 
+impl Secured {
+    /// Why the other side has closed the connection that was being written to, if it has said so:
+    /// with TLS 1.3 it may refuse a certificate after the handshake.
+    fn refusal(&mut self) -> Option<io::Error> {
+        let StreamOwned { conn, sock } = &mut *self.stream;
+        conn.read_tls(sock).ok()?;
+        let refusal = conn.process_new_packets().err()?;
+        Some(io::Error::new(io::ErrorKind::InvalidData, refusal))
+    }
+}
+
 impl Transport for Secured {
     fn buffers(&mut self) -> &mut dyn Buffers {
         &mut self.buffers
@@ -96,8 +107,9 @@ impl Transport for Secured {
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
         self.stream.sock.set_timeout(timeout);
         let output = &self.buffers.output()[..amount];
-        self.stream.write_all(output)?;
-        Ok(self.stream.flush()?)
+        let sent = self.stream.write_all(output);
+        let sent = sent.and_then(|()| self.stream.flush());
+        sent.map_err(|error| Error::Io(self.refusal().unwrap_or(error)))
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
