@@ -3,7 +3,7 @@
 //! A sender is never told of success for something that is neither in the channel nor
 //! committed, and never waits on the destination.
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use crate::breaker::Destination;
@@ -35,11 +35,20 @@ pub enum Admitted {
     QueueFull,
 }
 
+/// What `server.enqueue_rate` says of one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rate {
+    /// There is none: nothing is stored before it was tried.
+    None,
+    Within,
+    Past,
+}
+
 /// Shared by all intake threads.
 #[derive(Debug)]
 pub struct Admission {
     /// `None`: requests are never stored before they were tried (`enqueue_enabled: false`).
-    enqueue: Option<Mutex<TokenBucket>>,
+    enqueue: Mutex<Option<TokenBucket>>,
     direct: Sender<Delivery>,
     appender: Appender,
     destination: Arc<Destination>,
@@ -71,7 +80,7 @@ impl Admission {
     ) -> Admission {
         let now = Instant::now();
         Admission {
-            enqueue: enqueue_rate.map(|rate| Mutex::new(TokenBucket::new(rate, now))),
+            enqueue: Mutex::new(enqueue_rate.map(|rate| TokenBucket::new(rate, now))),
             direct,
             appender,
             destination,
@@ -87,6 +96,32 @@ impl Admission {
         Admission {
             committing: Some(committing),
             ..self
+        }
+    }
+
+    /// See [`Admission::new`].
+    pub fn set_rate(&self, enqueue_rate: Option<u32>) {
+        let now = Instant::now();
+        let mut enqueue = self.enqueue();
+        match (&mut *enqueue, enqueue_rate) {
+            (Some(bucket), Some(rate)) => bucket.set_rate(rate, now),
+            (enqueue, rate) => *enqueue = rate.map(|rate| TokenBucket::new(rate, now)),
+        }
+    }
+
+    fn enqueue(&self) -> MutexGuard<'_, Option<TokenBucket>> {
+        self.enqueue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether requests may be stored before they were tried, and if so whether this one is within
+    /// the rate of those that go direct: that takes a token.
+    fn rate(&self) -> Rate {
+        match &mut *self.enqueue() {
+            None => Rate::None,
+            Some(bucket) => match bucket.try_take(Instant::now()) {
+                true => Rate::Within,
+                false => Rate::Past,
+            },
         }
     }
 
@@ -108,15 +143,13 @@ impl Admission {
 
     /// Whether the next request is likely to be admitted without waiting for the store.
     pub fn is_quick(&self) -> bool {
-        let has_token = |bucket: &Mutex<TokenBucket>| {
-            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
-            bucket.available(Instant::now()) > 0
-        };
         self.has_direct_room()
-            && self
-                .enqueue
-                .as_ref()
-                .is_none_or(|bucket| self.destination.is_open_to_new() && has_token(bucket))
+            && match &mut *self.enqueue() {
+                None => true,
+                Some(bucket) => {
+                    self.destination.is_open_to_new() && bucket.available(Instant::now()) > 0
+                }
+            }
     }
 
     /// Admits a request; returns once it is in the channel, committed, or refused.
@@ -143,10 +176,7 @@ impl Admission {
             Admitted::Refused
         } else {
             let delivery = Delivery::direct(Arc::new(request), permit);
-            match &self.enqueue {
-                None => self.direct_or_refused(delivery),
-                Some(bucket) => self.within_rate(bucket, delivery).ok()?,
-            }
+            self.direct_if_it_may(delivery).ok()?
         };
         drop(closed);
         self.count(admitted);
@@ -176,25 +206,26 @@ impl Admission {
         if let Some(committing) = &self.committing {
             return self.commit(committing, delivery);
         }
-        let Some(bucket) = &self.enqueue else {
-            return self.direct_or_refused(delivery);
-        };
-        self.within_rate(bucket, delivery)
+        self.direct_if_it_may(delivery)
             .unwrap_or_else(|delivery| self.store_or_direct(delivery))
     }
 
     /// Takes a delivery direct, as far as the destination, the rate, the memory and the channel
-    /// allow.
-    fn within_rate(
-        &self,
-        bucket: &Mutex<TokenBucket>,
-        delivery: Delivery,
-    ) -> Result<Admitted, Delivery> {
-        let may_go = self.destination.is_open_to_new() && take_token(bucket);
-        if !may_go || delivery.is_memory_scarce() {
-            return Err(delivery);
+    /// allow. Gives it back if it is to be stored.
+    fn direct_if_it_may(&self, delivery: Delivery) -> Result<Admitted, Delivery> {
+        let rate = match self.destination.is_open_to_new() {
+            true => self.rate(),
+            // Takes no token.
+            false if self.enqueue().is_some() => Rate::Past,
+            false => Rate::None,
+        };
+        match rate {
+            Rate::None => Ok(self.direct_or_refused(delivery)),
+            Rate::Within if !delivery.is_memory_scarce() => {
+                self.try_direct(delivery).map(|()| Admitted::Direct)
+            }
+            Rate::Within | Rate::Past => Err(delivery),
         }
-        self.try_direct(delivery).map(|()| Admitted::Direct)
     }
 
     fn store_or_direct(&self, delivery: Delivery) -> Admitted {
@@ -220,7 +251,7 @@ impl Admission {
     /// memory and the workers allow, or else to be claimed.
     fn commit(&self, committing: &Committing, delivery: Delivery) -> Admitted {
         let goes_direct = self.destination.is_open_to_new()
-            && self.enqueue.as_ref().is_none_or(take_token)
+            && self.rate() != Rate::Past
             && !delivery.is_memory_scarce();
         if goes_direct && committing.places.try_take() {
             self.commit_leased(committing, delivery)
@@ -265,9 +296,4 @@ impl Admission {
             .try_send(delivery)
             .inspect_err(|_| self.metrics.in_flight.dec())
     }
-}
-
-fn take_token(bucket: &Mutex<TokenBucket>) -> bool {
-    let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
-    bucket.try_take(Instant::now())
 }

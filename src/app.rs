@@ -3,13 +3,13 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use prometheus::IntGauge;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use socket2::Socket;
 
@@ -17,7 +17,8 @@ use crate::admission::{Admission, Committing};
 use crate::breaker::Destination;
 use crate::budget::Budget;
 use crate::config::{
-    Acceptor as AcceptorKind, Ack, Bind, Config, Database, RateScope, shown_address,
+    Acceptor as AcceptorKind, Ack, Bind, Change, Config, ConfigError, Database, RateScope,
+    shown_address,
 };
 use crate::control::{self, Control};
 use crate::descriptors;
@@ -92,15 +93,18 @@ impl fmt::Display for RunError {
 
 impl std::error::Error for RunError {}
 
-/// Runs until a signal tells it to stop.
+/// Reads the settings anew.
+pub type Load<'a> = &'a dyn Fn() -> Result<Config, ConfigError>;
+
+/// Runs until a signal tells it to stop. SIGHUP makes it take over what `load` returns.
 ///
 /// # Errors
 /// As [`App::start`] and [`App::run`].
-pub fn run(config: &Config) -> Result<(), RunError> {
-    let signals = Signals::new([SIGTERM, SIGINT]).map_err(start("signal handling"))?;
+pub fn run(config: Config, load: Load<'_>) -> Result<(), RunError> {
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(start("signal handling"))?;
     let threads = Threads::default();
-    let stop = forward(&threads, signals)?;
-    App::start(config, threads, stop)?.run()
+    let (stop, hangups) = forward(&threads, signals)?;
+    App::start(config, threads, stop)?.run(&hangups, load)
 }
 
 /// All of it, started; in a process that may do other things beside.
@@ -108,8 +112,10 @@ pub fn run(config: &Config) -> Result<(), RunError> {
 pub struct App {
     running: Running,
     address: String,
-    shutdown_timeout: Duration,
-    is_handed_over: bool,
+    /// As at the start: what needs a restart is as it was then.
+    started: Config,
+    /// As last reloaded.
+    reloaded: Option<Config>,
 }
 
 impl App {
@@ -117,17 +123,17 @@ impl App {
     ///
     /// # Errors
     /// [`RunError`].
-    pub fn start(config: &Config, threads: Threads, stop: Receiver<i32>) -> Result<App, RunError> {
+    pub fn start(config: Config, threads: Threads, stop: Receiver<i32>) -> Result<App, RunError> {
         let listener = listen("server.bind", &config.server.bind)?;
         let control_listener = listen("metrics.bind", &config.metrics.bind)?;
         let address = shown_address(&listener).map_err(start("intake"))?;
-        let max_connections = descriptors::raise_limit(config);
+        let max_connections = descriptors::raise_limit(&config);
         let listeners = (listener, control_listener);
         Ok(App {
-            running: Running::start(config, (threads, stop), listeners, max_connections)?,
+            running: Running::start(&config, (threads, stop), listeners, max_connections)?,
             address,
-            shutdown_timeout: config.server.shutdown_timeout,
-            is_handed_over: matches!(config.server.bind, Bind::Systemd(_)),
+            started: config,
+            reloaded: None,
         })
     }
 
@@ -136,21 +142,83 @@ impl App {
         &self.address
     }
 
-    /// Waits for a signal, and ends in good order.
+    /// Waits for a signal, and ends in good order. On each hangup takes over what `load` returns.
     ///
     /// # Errors
     /// [`RunError`]; after [`RunError::Thread`] all has been drained as at any stop.
-    pub fn run(self) -> Result<(), RunError> {
-        let ended = self.running.wait();
-        let lost = self
-            .running
-            .drain(self.shutdown_timeout, self.is_handed_over);
+    pub fn run(mut self, hangups: &Receiver<()>, load: Load<'_>) -> Result<(), RunError> {
+        let ended = loop {
+            match self.running.wait(hangups) {
+                Event::Hangup => self.reload(load),
+                Event::Stop => break None,
+                Event::Ended(thread) => break Some(thread),
+            }
+        };
+        let settings = self.settings();
+        let timeout = settings.server.shutdown_timeout;
+        let is_handed_over = matches!(self.started.server.bind, Bind::Systemd(_));
+        let lost = self.running.drain(timeout, is_handed_over);
         match (ended, lost) {
             (_, 1..) => Err(RunError::Lost(lost)),
             (Some(thread), 0) => Err(RunError::Thread(thread)),
             (None, 0) => Ok(()),
         }
     }
+
+    fn settings(&self) -> &Config {
+        self.reloaded.as_ref().unwrap_or(&self.started)
+    }
+
+    /// All or nothing: settings that are not valid change nothing.
+    fn reload(&mut self, load: Load<'_>) {
+        let running = &self.running;
+        if let Some(notifier) = &running.notifier {
+            notifier.reloading();
+        }
+        let reloads = running.drain.metrics.reloads();
+        match load() {
+            Err(error) => {
+                reloads.failed();
+                log::error!(error:%; "settings not reloaded, all stay as they are");
+            }
+            Ok(newer) => {
+                running.reconfigure(&self.started, self.settings(), &newer);
+                self.report(&newer);
+                running.drain.metrics.reloads().succeeded();
+                self.reloaded = Some(newer);
+            }
+        }
+        if let Some(notifier) = &self.running.notifier {
+            notifier.ready();
+        }
+    }
+
+    fn report(&self, newer: &Config) {
+        for warning in newer.warnings() {
+            log::warn!("{warning}");
+        }
+        let changes = self.settings().changes(newer);
+        for Change { key, from, to } in changes.iter().filter(|change| !change.needs_restart()) {
+            log::info!(key, from, to; "setting changed");
+        }
+        // Compared with the start: those of earlier reloads are still to come, too.
+        let waiting = self.started.changes(newer);
+        let waiting = waiting.iter().filter(|change| change.needs_restart());
+        let waiting: Vec<&str> = waiting.map(|change| change.key).collect();
+        if !waiting.is_empty() {
+            let settings = waiting.join(", ");
+            log::warn!(settings; "these settings change with the next restart");
+        }
+        log::info!("settings reloaded");
+    }
+}
+
+/// What the main thread waits for.
+enum Event {
+    Hangup,
+    Stop,
+    /// Of a thread that should not have.
+    Ended(String),
 }
 
 fn start(what: impl Into<String>) -> impl FnOnce(io::Error) -> RunError {
@@ -168,7 +236,7 @@ fn listen(setting: &'static str, bind: &Bind) -> Result<Socket, RunError> {
     })
 }
 
-fn store(config: &Config) -> Arc<dyn Store> {
+fn store(config: &Config, per_second: &Arc<AtomicU32>) -> Arc<dyn Store> {
     let db = &config.db;
     match &db.database {
         // One process, whose poller keeps to the rate: that is its whole cluster.
@@ -186,7 +254,7 @@ fn store(config: &Config) -> Arc<dyn Store> {
             };
             Arc::new(match config.queue.rate_scope {
                 RateScope::Instance => store,
-                RateScope::Cluster => store.sharing_rate(config.queue.handle_per_second),
+                RateScope::Cluster => store.sharing_changing_rate(Arc::clone(per_second)),
             })
         }
     }
@@ -207,6 +275,29 @@ pub fn visited_store(config: &Config) -> Arc<dyn Operate> {
     }
 }
 
+/// What a reload changes and no stage owns alone.
+#[derive(Clone)]
+struct Tunables {
+    upstream: Upstream,
+    per_second: Arc<AtomicU32>,
+    dead_retention: Arc<Mutex<Option<Duration>>>,
+}
+
+impl Tunables {
+    fn new(config: &Config) -> Tunables {
+        Tunables {
+            upstream: upstream(config, config.proxy.request_timeout),
+            per_second: Arc::new(AtomicU32::new(config.queue.handle_per_second)),
+            dead_retention: Arc::new(Mutex::new(config.queue.dead_retention)),
+        }
+    }
+}
+
+fn upstream(config: &Config, request_timeout: Duration) -> Upstream {
+    let proxy = &config.proxy;
+    Upstream::new(proxy.remote_url.clone(), request_timeout, proxy.tls.clone())
+}
+
 /// What the stages of the pipeline share.
 struct Stage {
     store: Arc<dyn Store>,
@@ -217,11 +308,13 @@ struct Stage {
     budget: Arc<Budget>,
     progress: Arc<Progress>,
     threads: Threads,
+    tunables: Tunables,
 }
 
 impl Stage {
     /// And where the spool, if there is one, tells that it has something.
     fn new(config: &Config, threads: Threads) -> Result<(Stage, Option<Receiver<()>>), RunError> {
+        let tunables = Tunables::new(config);
         let metrics = Metrics::new(config.metrics.max_paths)
             .map_err(io::Error::other)
             .map_err(start("metrics"))?;
@@ -236,7 +329,7 @@ impl Stage {
         };
         let destination = Destination::new(config.proxy.breaker_failures, Arc::clone(&metrics));
         let stage = Stage {
-            store: store(config),
+            store: store(config, &tunables.per_second),
             spool,
             health: Arc::new(StoreHealth::new(Depth::new(config.queue.max_rows))),
             destination: Arc::new(destination),
@@ -244,6 +337,7 @@ impl Stage {
             budget: Budget::new(config.server.memory_limit),
             progress: Arc::default(),
             threads,
+            tunables,
         };
         Ok((stage, filled))
     }
@@ -256,7 +350,7 @@ impl Stage {
             health: Arc::clone(&self.health),
             destination: Arc::clone(&self.destination),
             has_spool: self.spool.is_some(),
-            per_second: config.queue.handle_per_second,
+            per_second: Arc::clone(&self.tunables.per_second),
             rate_scope: config.queue.rate_scope,
             started: Instant::now(),
         })
@@ -292,6 +386,9 @@ impl Accepting {
 /// The running program.
 struct Running {
     notifier: Option<Arc<Notifier>>,
+    health: Arc<StoreHealth>,
+    shared: Arc<Shared>,
+    tunables: Tunables,
     threads: Threads,
     signals: Receiver<i32>,
     accepting: Accepting,
@@ -323,7 +420,7 @@ impl Running {
         let (claimed_sender, claimed) = by_class(2 * config.queue.workers);
         let (hurry_sender, hurry) = bounded(0);
         let shared = Arc::new(Shared {
-            policy: config.queue.retry.clone(),
+            policy: RwLock::new(config.queue.retry.clone()),
             appender: appender.clone(),
             settlements: settlements.clone(),
             room: Arc::clone(&room),
@@ -361,6 +458,9 @@ impl Running {
         };
         Ok(Running {
             notifier,
+            health: stage.health,
+            shared,
+            tunables: stage.tunables,
             threads: stage.threads,
             signals,
             accepting,
@@ -371,19 +471,56 @@ impl Running {
         })
     }
 
-    /// Waits for a signal, or for a thread to end that should not: returns its name.
-    fn wait(&self) -> Option<String> {
+    fn wait(&self, hangups: &Receiver<()>) -> Event {
         select! {
+            recv(hangups) -> _ => Event::Hangup,
             recv(self.signals) -> signal => {
                 let signal = signal.unwrap_or_default();
                 log::info!(signal; "stopping");
-                None
+                Event::Stop
             }
             recv(self.threads.ended()) -> name => {
                 let thread = name.unwrap_or_default();
                 log::error!(thread; "a thread ended unexpectedly, stopping");
-                Some(thread)
+                Event::Ended(thread)
             }
+        }
+    }
+
+    /// Takes over those settings that need no restart.
+    fn reconfigure(&self, started: &Config, older: &Config, newer: &Config) {
+        log::set_max_level(newer.log.level);
+        let (server, queue) = (&newer.server, &newer.queue);
+        let intake = &self.intake;
+        let rate = server.enqueue_enabled.then_some(server.enqueue_rate);
+        intake.admission.set_rate(rate);
+        intake
+            .response_status
+            .store(server.response_status, Ordering::Relaxed);
+        intake
+            .body_bytes_max
+            .store(server.max_body_size, Ordering::Relaxed);
+        intake.budget.set_limit(server.memory_limit);
+        self.health.depth.set_max(queue.max_rows);
+        self.drain.metrics.set_rows_max(queue.max_rows);
+        let tunables = &self.tunables;
+        tunables
+            .per_second
+            .store(queue.handle_per_second, Ordering::Relaxed);
+        let retention = tunables.dead_retention.lock();
+        *retention.unwrap_or_else(PoisonError::into_inner) = queue.dead_retention;
+        let policy = self.shared.policy.write();
+        *policy.unwrap_or_else(PoisonError::into_inner) = queue.retry.clone();
+        let destination = &self.shared.destination;
+        destination.set_failures_max(newer.proxy.breaker_failures);
+        let is_moved = older.proxy.remote_url != newer.proxy.remote_url;
+        // Certificates may be new ones in the same files.
+        if is_moved || newer.proxy.tls.is_some() {
+            let timeout = started.proxy.request_timeout;
+            tunables.upstream.replace(upstream(newer, timeout));
+        }
+        if is_moved {
+            destination.renew();
         }
     }
 
@@ -420,15 +557,23 @@ fn spawn(
     )))
 }
 
-fn forward(threads: &Threads, mut signals: Signals) -> Result<Receiver<i32>, RunError> {
-    let (sender, receiver) = bounded(8);
+/// Where signals to stop arrive, and hangups.
+fn forward(
+    threads: &Threads,
+    mut signals: Signals,
+) -> Result<(Receiver<i32>, Receiver<()>), RunError> {
+    let (stop, stopped) = bounded(8);
+    let (hang_up, hangups) = bounded(1);
     spawn(threads, "signals", move || {
         for signal in signals.forever() {
-            // More signals than fit say nothing new.
-            let _ = sender.try_send(signal);
+            // More than fit say nothing new.
+            let _ = match signal {
+                SIGHUP => hang_up.try_send(()).is_ok(),
+                signal => stop.try_send(signal).is_ok(),
+            };
         }
     })?;
-    Ok(receiver)
+    Ok((stopped, hangups))
 }
 
 /// The channel of direct requests.
@@ -491,7 +636,7 @@ fn start_store_threads(
         health: Arc::clone(health),
         metrics: Arc::clone(metrics),
         destination: Arc::clone(&stage.destination),
-        dead_retention: config.queue.dead_retention,
+        dead_retention: Arc::clone(&stage.tunables.dead_retention),
         stop: stop.clone(),
     };
     spawn(threads, "sampler", move || sampler.run())?;
@@ -543,7 +688,7 @@ fn new_poller(
         room: Arc::clone(room),
         destination: Arc::clone(&stage.destination),
         stage: poller_stage,
-        per_second: config.queue.handle_per_second,
+        per_second: Arc::clone(&stage.tunables.per_second),
         request_timeout: config.proxy.request_timeout,
         woken,
         stop,
@@ -558,11 +703,7 @@ fn start_workers(
     direct: &direct::Receiver<Delivery>,
     claimed: &ByClass<Receiver<Delivery>>,
 ) -> Result<Vec<Arc<Slot>>, RunError> {
-    let upstream = Upstream::new(
-        config.proxy.remote_url.clone(),
-        config.proxy.request_timeout,
-        config.proxy.tls.clone(),
-    );
+    let upstream = &stage.tunables.upstream;
     let mut slots = Vec::new();
     let reserved = poller::reserved(config.queue.workers);
     let (proxy_stage, queue_stage) = (Arc::default(), Arc::default());
@@ -650,8 +791,8 @@ fn new_intake(
         },
         metrics: Arc::clone(&stage.metrics),
         budget: Arc::clone(&stage.budget),
-        response_status: server.response_status,
-        body_bytes_max: server.max_body_size,
+        response_status: AtomicU16::new(server.response_status),
+        body_bytes_max: AtomicUsize::new(server.max_body_size),
         draining: Arc::new(AtomicBool::new(false)),
     }
 }

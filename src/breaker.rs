@@ -84,6 +84,19 @@ impl Breaker {
         }
     }
 
+    /// For a destination that has changed: what was is forgotten.
+    pub fn renew(&mut self) {
+        self.enter(State::Closed { failures: 0 });
+    }
+
+    /// From now on so many failures in a row open it; 0 closes it for good.
+    pub fn set_failures_max(&mut self, failures_max: u32) {
+        self.failures_max = failures_max;
+        if failures_max == 0 {
+            self.renew();
+        }
+    }
+
     /// To be asked before each attempt; each that is granted is to be noted.
     pub fn permit(&mut self, now: Instant) -> Permit {
         if let State::Open {
@@ -236,6 +249,25 @@ impl Destination {
 
     fn breaker(&self) -> MutexGuard<'_, Breaker> {
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`Breaker::set_failures_max`].
+    pub fn set_failures_max(&self, failures_max: u32) {
+        self.change(|breaker| breaker.set_failures_max(failures_max));
+    }
+
+    /// See [`Breaker::renew`].
+    pub fn renew(&self) {
+        self.change(Breaker::renew);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Breaker)) {
+        let mut breaker = self.breaker();
+        change(&mut breaker);
+        self.metrics
+            .breaker
+            .open
+            .set(i64::from(breaker.fault().is_some()));
     }
 
     pub fn permit(&self) -> Permit {

@@ -7,19 +7,24 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[derive(Debug)]
 pub struct Budget {
     held_bytes: AtomicUsize,
-    limit_bytes: usize,
+    limit_bytes: AtomicUsize,
 }
 
 impl Budget {
     pub fn new(limit_bytes: usize) -> Arc<Budget> {
         Arc::new(Budget {
             held_bytes: AtomicUsize::new(0),
-            limit_bytes,
+            limit_bytes: AtomicUsize::new(limit_bytes),
         })
     }
 
     pub fn limit_bytes(&self) -> usize {
-        self.limit_bytes
+        self.limit_bytes.load(Ordering::Relaxed)
+    }
+
+    /// What is held already stays, whatever the limit.
+    pub fn set_limit(&self, limit_bytes: usize) {
+        self.limit_bytes.store(limit_bytes, Ordering::Relaxed);
     }
 
     pub fn held_bytes(&self) -> usize {
@@ -61,7 +66,7 @@ impl Permit {
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
                     held.checked_add(bytes)
                         // Nothing is always possible, also when claims have passed the limit.
-                        .filter(|sum| *sum <= self.budget.limit_bytes || bytes == 0)
+                        .filter(|sum| *sum <= self.budget.limit_bytes() || bytes == 0)
                 });
         if grown.is_ok() {
             self.bytes += bytes;
@@ -73,7 +78,7 @@ impl Permit {
 impl Permit {
     /// Whether so much is held that bodies should not stay in memory longer than they must.
     pub fn is_scarce(&self) -> bool {
-        self.budget.held_bytes() > self.budget.limit_bytes / 4 * 3
+        self.budget.held_bytes() > self.budget.limit_bytes() / 4 * 3
     }
 }
 

@@ -102,6 +102,44 @@ settings! {
     "log.level" = "info", "a level", "`error`, `warn`, `info`, `debug` or `trace`";
 }
 
+/// What a running program cannot change: its sockets, its threads, its store, and times that leases
+/// and connections under way depend on.
+pub const NEEDS_RESTART: &[&str] = &[
+    "server.bind",
+    "server.ack",
+    "server.acceptor",
+    "server.max_connections",
+    "server.read_timeout",
+    "server.idle_timeout",
+    "metrics.bind",
+    "metrics.path",
+    "metrics.max_paths",
+    "proxy.request_timeout",
+    "proxy.num_clients",
+    "queue.workers",
+    "queue.rate_scope",
+    "db.connection_string",
+    "db.max_connections",
+    "db.use_index",
+    "db.timeout",
+    "db.migrate",
+    "db.spool",
+];
+
+/// A setting that has another value than before, as they may be shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    pub key: &'static str,
+    pub from: String,
+    pub to: String,
+}
+
+impl Change {
+    pub fn needs_restart(&self) -> bool {
+        NEEDS_RESTART.contains(&self.key)
+    }
+}
+
 /// All settings, validated.
 #[derive(Debug)]
 pub struct Config {
@@ -304,6 +342,27 @@ impl Config {
         Ok(())
     }
 
+    /// The text of a setting; what is secret is masked.
+    fn shown(&self, key: &str) -> String {
+        match key {
+            "db.connection_string" => database::masked(&self.db.database),
+            key => self.raw.shown(key).to_owned(),
+        }
+    }
+
+    /// What `newer` has that this has not.
+    pub fn changes(&self, newer: &Config) -> Vec<Change> {
+        let has_changed = |key: &&str| self.raw.text(key) != newer.raw.text(key);
+        let keys = SETTINGS.iter().map(|setting| setting.key);
+        keys.filter(has_changed)
+            .map(|key| Change {
+                key,
+                from: self.shown(key),
+                to: newer.shown(key),
+            })
+            .collect()
+    }
+
     /// What is accepted but probably not meant.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
@@ -319,10 +378,7 @@ impl Config {
                 // Writing to a String cannot fail.
                 let _ = writeln!(yaml, "{section}:");
             }
-            let text = match setting.key {
-                "db.connection_string" => database::masked(&self.db.database),
-                key => self.raw.shown(key).to_owned(),
-            };
+            let text = self.shown(setting.key);
             let name = setting
                 .key
                 .trim_start_matches(section)

@@ -54,7 +54,9 @@ fn run(path: &Path) -> i32 {
     for warning in config.warnings() {
         log::warn!("{warning}");
     }
-    match app::run(&config) {
+    // Read again on SIGHUP, wherever the program is then.
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    match app::run(config, &|| Config::load(&path)) {
         Ok(()) => 0,
         Err(error) => complain(error, FAILED),
     }

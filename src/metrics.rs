@@ -66,6 +66,7 @@ pub struct Metrics {
     pub batch_append: Histogram,
     pub batch_claim: Histogram,
     pub batch_settle: Histogram,
+    reloads: Reloads,
     rows: RowGauges,
     trend: Mutex<Trend>,
 }
@@ -86,6 +87,26 @@ impl Refusals {
     pub fn count(&self, reason: &IntCounter) {
         self.total.inc();
         reason.inc();
+    }
+}
+
+/// Settings that were read anew.
+#[derive(Debug)]
+pub struct Reloads {
+    succeeded: IntCounter,
+    failed: IntCounter,
+    is_last_good: IntGauge,
+}
+
+impl Reloads {
+    pub fn succeeded(&self) {
+        self.succeeded.inc();
+        self.is_last_good.set(1);
+    }
+
+    pub fn failed(&self) {
+        self.failed.inc();
+        self.is_last_good.set(0);
     }
 }
 
@@ -270,6 +291,7 @@ impl Metrics {
             batch_append,
             batch_claim,
             batch_settle,
+            reloads: make.reloads()?,
             rows: make.rows()?,
             trend: Mutex::default(),
             registry: make.0,
@@ -289,6 +311,10 @@ impl Metrics {
     /// The metrics of a path (without its query).
     pub fn path(&self, path: &str) -> Arc<PathMetrics> {
         self.paths.of(path)
+    }
+
+    pub fn reloads(&self) -> &Reloads {
+        &self.reloads
     }
 
     /// Shows how many rows there may be.
@@ -525,6 +551,24 @@ impl Make {
             &BATCH_BUCKETS,
         )?;
         Ok(["append", "claim", "settle"].map(|op| batches.with_label_values(&[op])))
+    }
+
+    fn reloads(&self) -> Result<Reloads, prometheus::Error> {
+        let [succeeded, failed] = self.counters_by(
+            "asyncproxy_config_reloads_total",
+            "Settings read anew on SIGHUP, by result.",
+            ("result", ["ok", "failed"]),
+        )?;
+        let is_last_good = self.gauge(
+            "asyncproxy_config_last_reload_successful",
+            "1 unless the last reload of the settings failed.",
+        )?;
+        is_last_good.set(1);
+        Ok(Reloads {
+            succeeded,
+            failed,
+            is_last_good,
+        })
     }
 
     fn rows(&self) -> Result<RowGauges, prometheus::Error> {

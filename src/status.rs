@@ -2,6 +2,7 @@
 //! shows it. Reads only.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -18,7 +19,7 @@ pub struct Status {
     pub health: Arc<StoreHealth>,
     pub destination: Arc<Destination>,
     pub has_spool: bool,
-    pub per_second: u32,
+    pub per_second: Arc<AtomicU32>,
     pub rate_scope: RateScope,
     pub started: Instant,
 }
@@ -55,7 +56,7 @@ impl Status {
                 "leaving_per_second": per_second(rates.leaving),
                 "empty_in_seconds": rates.empty_in.map(seconds),
                 "counted_seconds_ago": trend.counted_at().map(|at| seconds(at.elapsed())),
-                "rate_per_second": self.per_second,
+                "rate_per_second": self.per_second.load(Ordering::Relaxed),
                 "rate_scope": match self.rate_scope {
                     RateScope::Instance => "instance",
                     RateScope::Cluster => "cluster",

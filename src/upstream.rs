@@ -9,8 +9,8 @@ mod tls;
 mod transport;
 
 use std::io::{self, Read};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use http::uri::{PathAndQuery, Scheme};
@@ -53,6 +53,15 @@ pub struct Upstream {
     buffers: Arc<Pool>,
     #[cfg_attr(not(feature = "tls"), expect(dead_code, reason = "never there"))]
     tls: Option<Arc<ClientConfig>>,
+    successor: Arc<Successor>,
+}
+
+/// What takes the place of an [`Upstream`] while clients of it are in use.
+#[derive(Debug, Default)]
+struct Successor {
+    /// Counts the changes.
+    generation: AtomicU64,
+    upstream: Mutex<Option<Upstream>>,
 }
 
 impl Upstream {
@@ -69,13 +78,30 @@ impl Upstream {
             buffers: Pool::new(BUFFER_BYTES, BUFFER_BYTES),
             remote,
             request_timeout,
+            successor: Arc::default(),
         }
+    }
+
+    /// From their next request on, all clients of this one are clients of `newer`.
+    pub fn replace(&self, newer: Upstream) {
+        let successor = &self.successor;
+        let newer = Upstream {
+            successor: Arc::clone(successor),
+            ..newer
+        };
+        let mut upstream = successor
+            .upstream
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *upstream = Some(newer);
+        successor.generation.fetch_add(1, Ordering::Release);
     }
 
     /// A client for one thread. Costs nothing until it sends.
     pub fn client(&self) -> Client {
         Client {
             upstream: self.clone(),
+            generation: 0,
             opened: Arc::default(),
             agent: None,
         }
@@ -166,6 +192,8 @@ pub fn supports(scheme: &Scheme) -> bool {
 #[derive(Debug)]
 pub struct Client {
     upstream: Upstream,
+    /// Changes of it that have been followed.
+    generation: u64,
     opened: Arc<AtomicU64>,
     agent: Option<Agent>,
 }
@@ -178,6 +206,7 @@ impl Client {
 
     /// As [`Client::send`], under another id: so that many can share one request and its body.
     pub fn send_as(&mut self, id: Uuid, request: &Request, attempt: u32) -> Outcome {
+        self.follow();
         let started = Instant::now();
         let opened_before = self.opened.load(Ordering::Relaxed);
         let mut result = self.try_send(id, request, attempt);
@@ -194,6 +223,22 @@ impl Client {
                 self.upstream.resolver.suspect();
                 Outcome::Failed(describe(&error))
             }
+        }
+    }
+
+    /// Goes on with what has taken the place of the destination, if something has.
+    fn follow(&mut self) {
+        let successor = &self.upstream.successor;
+        let generation = successor.generation.load(Ordering::Acquire);
+        if generation == self.generation {
+            return;
+        }
+        let newer = successor.upstream.lock();
+        let newer = newer.unwrap_or_else(PoisonError::into_inner).clone();
+        self.generation = generation;
+        if let Some(newer) = newer {
+            self.upstream = newer;
+            self.agent = None;
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -190,7 +190,7 @@ impl Slot {
 /// What all workers share.
 #[derive(Debug)]
 pub struct Shared {
-    pub policy: RetryPolicy,
+    pub policy: RwLock<RetryPolicy>,
     pub appender: Appender,
     pub settlements: Settlements,
     pub room: Arc<Room>,
@@ -351,6 +351,8 @@ impl Worker {
         let verdict = self
             .shared
             .policy
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
             .decide(outcome, delivery.attempt, age, fastrand::f64());
         self.report(delivery, &verdict, started.elapsed());
         verdict

@@ -53,8 +53,8 @@ pub fn serve(acceptor: &str, bind: &str) -> SocketAddr {
         admission: Admission::new(None, direct, appender, destination, Arc::clone(&metrics)),
         metrics,
         budget: Budget::new(4 << 30),
-        response_status: 200,
-        body_bytes_max: 10 << 20,
+        response_status: 200.into(),
+        body_bytes_max: (10 << 20).into(),
         draining: Arc::new(AtomicBool::new(false)),
     });
     let listener = Bind::parse(bind).unwrap().listen().unwrap();

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, never};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -76,10 +76,11 @@ pub fn run(demo: Demo) -> io::Result<bool> {
     let ledger = Arc::new(Ledger::default());
     let mut destination = Destination::new(Arc::clone(&ledger))?;
     destination.open(&threads)?;
-    let config = Config::from_yaml(&yaml(&folder.0, &destination.url()), &|_| None)
-        .map_err(io::Error::other)?;
+    let yaml = yaml(&folder.0, &destination.url());
+    let load = || Config::from_yaml(&yaml, &|_| None);
+    let config = load().map_err(io::Error::other)?;
     let (stop, stopped) = bounded(1);
-    let app = App::start(&config, Threads::default(), stopped).map_err(io::Error::other)?;
+    let app = App::start(config, Threads::default(), stopped).map_err(io::Error::other)?;
     let (sending, stop_sending) = bounded(0);
     print_start(app.address(), &destination.url(), demo);
     start_sender(&threads, app.address(), &ledger, stop_sending)?;
@@ -94,7 +95,7 @@ pub fn run(demo: Demo) -> io::Result<bool> {
     let is_whole = show.run()?;
     // Both ends are told of each webhook before this: what is left is to be stored and thrown away.
     let _ = stop.send(SIGTERM);
-    app.run().map_err(io::Error::other)?;
+    app.run(&never(), &load).map_err(io::Error::other)?;
     print_summary(&show.ledger.counts(), is_whole);
     Ok(is_whole && show.ledger.counts().is_complete())
 }

@@ -7,7 +7,7 @@ pub mod tiny_http;
 
 use std::borrow::Cow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use crate::admission::{Admission, Admitted};
@@ -22,8 +22,8 @@ pub struct Intake {
     pub metrics: Arc<Metrics>,
     pub budget: Arc<Budget>,
     /// The status that acknowledges a request.
-    pub response_status: u16,
-    pub body_bytes_max: usize,
+    pub response_status: AtomicU16,
+    pub body_bytes_max: AtomicUsize,
     /// Set when no more requests shall come in on open connections.
     pub draining: Arc<AtomicBool>,
 }
@@ -152,7 +152,9 @@ impl Intake {
             Admitted::Refused | Admitted::QueueFull => {}
         }
         match admitted {
-            Admitted::Direct | Admitted::Stored => Answer::Accepted(self.response_status),
+            Admitted::Direct | Admitted::Stored => {
+                Answer::Accepted(self.response_status.load(Ordering::Relaxed))
+            }
             // Admission counts its own refusals.
             Admitted::Refused | Admitted::QueueFull => Answer::Overloaded,
         }
@@ -187,7 +189,7 @@ impl builtin::Received<'_> {
 
 impl builtin::Service for Intake {
     fn body_bytes_max(&self) -> usize {
-        self.body_bytes_max
+        self.body_bytes_max.load(Ordering::Relaxed)
     }
 
     fn permit(&self) -> Permit {

@@ -6,6 +6,7 @@
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime};
 
 use ::tiny_http::{HTTPVersion, Request as Incoming, Server};
@@ -127,7 +128,7 @@ impl Acceptor {
     }
 
     fn read_body(&self, request: &mut Incoming, permit: &mut Permit) -> Result<Vec<u8>, Answer> {
-        let limit = self.intake.body_bytes_max;
+        let limit = self.intake.body_bytes_max.load(Ordering::Relaxed);
         let announced = request.body_length();
         if announced.is_some_and(|bytes| bytes > limit) {
             return Err(Answer::TooLarge);

@@ -3,14 +3,14 @@
 //! The last count of the store, plus what was appended and less what was settled here since: off
 //! by what happened while it was counted, and by what other instances did since, about a second ago.
 
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 #[derive(Debug, Default)]
 pub struct Depth {
     counted: AtomicI64,
     since: AtomicI64,
     /// 0: no limit.
-    rows_max: u64,
+    rows_max: AtomicU64,
 }
 
 impl Depth {
@@ -18,8 +18,13 @@ impl Depth {
         Depth {
             counted: AtomicI64::new(0),
             since: AtomicI64::new(0),
-            rows_max,
+            rows_max: AtomicU64::new(rows_max),
         }
+    }
+
+    /// 0: no limit.
+    pub fn set_max(&self, rows_max: u64) {
+        self.rows_max.store(rows_max, Ordering::Relaxed);
     }
 
     /// Enters one row, whatever the limit: it was acknowledged before.
@@ -31,7 +36,8 @@ impl Depth {
     pub fn try_enter(&self) -> bool {
         let rows =
             self.counted.load(Ordering::Relaxed) + self.since.fetch_add(1, Ordering::Relaxed);
-        let has_room = self.rows_max == 0 || rows.max(0).unsigned_abs() < self.rows_max;
+        let rows_max = self.rows_max.load(Ordering::Relaxed);
+        let has_room = rows_max == 0 || rows.max(0).unsigned_abs() < rows_max;
         if !has_room {
             self.add(-1);
         }

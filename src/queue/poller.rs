@@ -5,8 +5,8 @@
 //!
 //! Beside it the sampler, which counts rows and deletes dead letters that are old enough.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -164,7 +164,7 @@ pub struct Poller {
     pub destination: Arc<Destination>,
     /// At work while the store is asked.
     pub stage: Arc<Stage>,
-    pub per_second: u32,
+    pub per_second: Arc<AtomicU32>,
     pub request_timeout: Duration,
     pub woken: Receiver<()>,
     /// Closed to make the poller stop claiming.
@@ -185,7 +185,7 @@ struct Looked {
 impl Poller {
     /// Runs until `stop` is closed.
     pub fn run(self) {
-        let mut bucket = TokenBucket::new(self.per_second, Instant::now());
+        let mut bucket = TokenBucket::new(self.per_second.load(Ordering::Relaxed), Instant::now());
         let mut pause = PAUSE_MIN;
         let mut not_before = Instant::now();
         let mut retried_at = not_before;
@@ -263,9 +263,10 @@ impl Poller {
         reason = "a share of a u32"
     )]
     fn rate(&self, pace: Pace) -> u32 {
+        let per_second = self.per_second.load(Ordering::Relaxed);
         match pace {
-            Pace::Full => self.per_second,
-            Pace::Share(share) => ((f64::from(self.per_second) * share) as u32).max(1),
+            Pace::Full => per_second,
+            Pace::Share(share) => ((f64::from(per_second) * share) as u32).max(1),
             Pace::Probe | Pace::Stopped(_) => 1,
         }
     }
@@ -377,7 +378,7 @@ pub struct Sampler {
     /// Told whether the queue is paused.
     pub destination: Arc<Destination>,
     /// Dead letters are kept for ever without one.
-    pub dead_retention: Option<Duration>,
+    pub dead_retention: Arc<Mutex<Option<Duration>>>,
     pub stop: Receiver<()>,
 }
 
@@ -385,8 +386,9 @@ impl Sampler {
     /// Runs until `stop` is closed.
     pub fn run(self) {
         let mut sample_at = Instant::now();
-        let mut purge = self.dead_retention.map(Purge::new);
+        let mut purge: Option<Purge> = None;
         loop {
+            self.follow(&mut purge);
             let purge_at = purge.as_ref().map(|purge| purge.at);
             let next = purge_at.map_or(sample_at, |at| at.min(sample_at));
             if self.stop.recv_deadline(next) != Err(RecvTimeoutError::Timeout) {
@@ -403,6 +405,18 @@ impl Sampler {
         }
         if let Some(mut purge) = purge {
             purge.report();
+        }
+    }
+
+    /// Purges as the settings are now.
+    fn follow(&self, purge: &mut Option<Purge>) {
+        let retention = self.dead_retention.lock();
+        let retention = *retention.unwrap_or_else(PoisonError::into_inner);
+        if purge.as_ref().map(|purge| purge.older_than) != retention {
+            if let Some(mut purge) = purge.take() {
+                purge.report();
+            }
+            *purge = retention.map(Purge::new);
         }
     }
 

@@ -16,6 +16,7 @@ mod tls;
 mod tokens;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use ::postgres::types::{ToSql, Type};
@@ -47,7 +48,7 @@ pub struct PostgresStore {
     starts: ByClass<Arc<Start>>,
     timeout: Duration,
     append_timeout: Duration,
-    shared_rate: Option<u32>,
+    shared_rate: Option<Arc<AtomicU32>>,
 }
 
 /// A value for a statement, with its type.
@@ -96,6 +97,12 @@ impl PostgresStore {
     /// other stores on the database that do so.
     #[must_use]
     pub fn sharing_rate(self, per_second: u32) -> PostgresStore {
+        self.sharing_changing_rate(Arc::new(AtomicU32::new(per_second)))
+    }
+
+    /// As [`PostgresStore::sharing_rate`], by a rate that others may change.
+    #[must_use]
+    pub fn sharing_changing_rate(self, per_second: Arc<AtomicU32>) -> PostgresStore {
         PostgresStore {
             shared_rate: Some(per_second),
             ..self
@@ -143,7 +150,8 @@ impl Store for PostgresStore {
         lease: Duration,
     ) -> Result<Claim, StoreError> {
         let start = self.use_index.then(|| Arc::clone(self.starts.of(class)));
-        let shared_rate = self.shared_rate;
+        let rate = self.shared_rate.as_ref();
+        let shared_rate = rate.map(|rate| rate.load(Ordering::Relaxed));
         self.connections.run(
             self.timeout,
             move |client| {

@@ -52,6 +52,20 @@ fn readme_has_each_setting_with_env_name_default_and_meaning() {
 }
 
 #[test]
+fn readme_names_each_setting_that_needs_a_restart() {
+    let readme = file("README.md");
+    let (_, rest) = readme
+        .split_once("These take effect with the next restart only")
+        .unwrap();
+    let (list, _) = rest.split_once("\n\n").unwrap();
+    let named: Vec<&str> = list.split('`').skip(1).step_by(2).collect();
+    assert_eq!(named, asyncproxy::config::NEEDS_RESTART);
+    for key in asyncproxy::config::NEEDS_RESTART {
+        assert!(SETTINGS.iter().any(|setting| setting.key == *key), "{key}");
+    }
+}
+
+#[test]
 fn env_names_follow_from_the_keys() {
     for setting in SETTINGS {
         let name = setting.key.replace('.', "_").to_uppercase();

@@ -45,6 +45,7 @@ mod outage;
 mod postgres_store;
 mod purge;
 mod queue_commands;
+mod reload;
 mod retry;
 mod secrets;
 mod selftest;

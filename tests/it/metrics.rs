@@ -6,7 +6,7 @@ use crate::support::metrics;
 use crate::support::proxy::{PATIENCE, Setup, wait_until};
 
 /// Everything that is there from the start, whether anything has happened or not.
-const NAMES: [&str; 28] = [
+const NAMES: [&str; 31] = [
     "queue_total_size",
     "asyncproxy_requests_total{admission=\"direct\"}",
     "asyncproxy_requests_total{admission=\"stored\"}",
@@ -24,6 +24,9 @@ const NAMES: [&str; 28] = [
     "asyncproxy_lost_total{reason=\"shutdown\"}",
     "asyncproxy_in_flight",
     "asyncproxy_held_bytes",
+    "asyncproxy_config_reloads_total{result=\"ok\"}",
+    "asyncproxy_config_reloads_total{result=\"failed\"}",
+    "asyncproxy_config_last_reload_successful",
     "asyncproxy_queue_paused",
     "asyncproxy_store_up",
     "asyncproxy_store_errors_total",

@@ -100,12 +100,17 @@ impl Setup {
 
     /// The binary in the directory, with the file written.
     pub fn command(&self) -> Command {
-        if !self.settings.is_empty() {
-            std::fs::write(self.path("config.yaml"), self.yaml()).expect("write config.yaml");
-        }
+        self.write();
         let mut command = binary(self.directory.path());
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command
+    }
+
+    /// Writes the file, for a program that reads it again.
+    pub fn write(&self) {
+        if !self.settings.is_empty() {
+            std::fs::write(self.path("config.yaml"), self.yaml()).expect("write config.yaml");
+        }
     }
 
     /// A shell in the same place, for a `script` that ends with `exec "$0"`: the binary.
@@ -215,6 +220,10 @@ impl Proxy {
 
     pub fn sigterm(&self) {
         self.process.signal(Signal::TERM);
+    }
+
+    pub fn sighup(&self) {
+        self.process.signal(Signal::HUP);
     }
 
     pub fn sigint(&self) {
