@@ -14,6 +14,7 @@ has_postgres || missing+=(postgresql)
 # In /usr/sbin, which is not on everybody's PATH.
 [ -x /usr/sbin/pgbouncer ] || command -v pgbouncer >/dev/null || missing+=(pgbouncer)
 command -v systemd-socket-activate >/dev/null || missing+=(systemd)
+command -v promtool >/dev/null || missing+=(prometheus)
 command -v curl >/dev/null || missing+=(curl)
 command -v openssl >/dev/null || missing+=(openssl)
 command -v cc >/dev/null || missing+=(gcc libc6-dev)

@@ -7,7 +7,7 @@ pub fn line(bytes: &[u8]) -> String {
     escaped(bytes, |_| false)
 }
 
-/// As [`line`], but line ends and tabs stay, too.
+/// As [`line()`], but line ends and tabs stay, too.
 pub fn text(bytes: &[u8]) -> String {
     escaped(bytes, |character| matches!(character, '\n' | '\t'))
 }

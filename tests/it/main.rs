@@ -22,6 +22,7 @@ mod cli;
 mod cluster_rate;
 mod contract;
 mod crowd;
+mod dashboards;
 mod delivery;
 mod demo;
 mod descriptors;
