@@ -43,6 +43,7 @@ mod migrate;
 mod model;
 mod operate;
 mod outage;
+mod package;
 mod postgres_store;
 mod purge;
 mod queue_commands;
