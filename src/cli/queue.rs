@@ -1,6 +1,7 @@
 //! `asyncproxy queue`: looks into a queue and changes it, beside the instances that serve it.
 
 mod act;
+mod credentials;
 mod curl;
 mod filter;
 mod show;

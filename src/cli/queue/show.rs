@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Map, Value, json};
 
+use super::credentials::{REDACTED, is_credential, redacted};
 use super::{Failure, curl};
 use crate::cli::printable;
 use crate::config::RemoteUrl;
@@ -12,9 +13,6 @@ use crate::queue::BATCH_ROWS_MAX;
 use crate::queue::operate::{Filter, Operate, Row, State};
 use crate::request::Headers;
 use crate::status::about;
-
-/// What stands for a credential.
-pub(super) const REDACTED: &str = "<redacted>";
 
 pub(super) fn list(
     store: &dyn Operate,
@@ -39,7 +37,9 @@ pub(super) fn list(
         left -= rows.len();
         for row in &rows {
             if is_json {
-                writeln!(output, "{}", Value::Object(summary(row)))?;
+                let mut shown = summary(row);
+                redact(&mut shown);
+                writeln!(output, "{}", printable::json(&Value::Object(shown)))?;
             } else {
                 print_line(row, output)?;
             }
@@ -64,16 +64,20 @@ fn print_line(row: &Row, output: &mut dyn Write) -> Result<(), Failure> {
         or_none(row.attempt.map(|attempt| attempt.to_string())),
         or_none(last),
         row.body_bytes,
-        request_line(row),
+        request_line(row, false),
     )?)
 }
 
-fn request_line(row: &Row) -> String {
+fn request_line(row: &Row, has_credentials: bool) -> String {
     let part = |part: &Option<String>| match part {
         Some(text) => printable::line(text.as_bytes()),
         None => "?".to_owned(),
     };
-    format!("{} {}", part(&row.method), part(&row.target))
+    let target = row.target.as_deref().map(|target| match has_credentials {
+        true => target.to_owned(),
+        false => redacted(target),
+    });
+    format!("{} {}", part(&row.method), part(&target))
 }
 
 fn age(row: &Row) -> Option<Duration> {
@@ -117,6 +121,13 @@ pub(super) fn summary(row: &Row) -> Map<String, Value> {
     summary
 }
 
+/// Leaves out of a summary what its target lets someone in with.
+fn redact(summary: &mut Map<String, Value>) {
+    if let Some(Value::String(target)) = summary.get_mut("target") {
+        *target = redacted(target);
+    }
+}
+
 /// One request.
 pub(super) struct Shown<'a> {
     pub row: &'a Row,
@@ -146,12 +157,19 @@ impl Shown<'_> {
         let row = self.row;
         if is_json {
             let mut shown = summary(row);
+            if !self.has_credentials {
+                redact(&mut shown);
+            }
             let headers = self.headers();
             let headers = headers
                 .iter()
                 .map(|(name, value)| json!([name, String::from_utf8_lossy(value)]));
             shown.insert("headers".into(), headers.collect());
-            return Ok(writeln!(output, "{}", Value::Object(shown))?);
+            return Ok(writeln!(
+                output,
+                "{}",
+                printable::json(&Value::Object(shown))
+            )?);
         }
         let mut line = |name: &str, value: &str| writeln!(output, "{name:12} {value}");
         line("id", &row.id.to_string())?;
@@ -168,7 +186,7 @@ impl Shown<'_> {
         if let Some(error) = &row.last_error {
             line("last error", &printable::line(error.as_bytes()))?;
         }
-        line("request", &request_line(row))?;
+        line("request", &request_line(row, self.has_credentials))?;
         for (name, value) in self.headers() {
             writeln!(
                 output,
@@ -205,6 +223,10 @@ impl Shown<'_> {
                 self.row.id
             )));
         };
+        let target = match self.has_credentials {
+            true => target.clone(),
+            false => redacted(target),
+        };
         let url = format!(
             "{}://{}{}{target}",
             remote.scheme, remote.authority, remote.path_prefix
@@ -233,52 +255,5 @@ fn state(row: &Row) -> String {
         (State::Leased, Err(_)) => "being sent".to_owned(),
         (State::Dead, Ok(_)) => "dead".to_owned(),
         (State::Dead, Err(since)) => format!("dead since {}", about(since.duration())),
-    }
-}
-
-/// Whether a field's value lets someone in, or proves who sent it.
-fn is_credential(name: &str) -> bool {
-    let name = name.to_ascii_lowercase();
-    let parts = [
-        "authorization",
-        "cookie",
-        "signature",
-        "token",
-        "secret",
-        "password",
-        "hmac",
-        "api-key",
-        "apikey",
-        "access-key",
-    ];
-    parts.iter().any(|part| name.contains(part))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn credentials_are_known_by_the_name_of_their_field() {
-        for name in [
-            "Authorization",
-            "Proxy-Authorization",
-            "Cookie",
-            "X-Hub-Signature-256",
-            "X-Shopify-Hmac-Sha256",
-            "X-Gitlab-Token",
-            "Stripe-Signature",
-            "X-API-Key",
-        ] {
-            assert!(is_credential(name), "{name}");
-        }
-        for name in [
-            "Content-Type",
-            "User-Agent",
-            "X-GitHub-Event",
-            "X-Forwarded-For",
-        ] {
-            assert!(!is_credential(name), "{name}");
-        }
     }
 }

@@ -32,7 +32,7 @@ pub(super) fn print(
     }
     if is_json {
         let status = to_json(&sample, &trend, &instance);
-        return Ok(writeln!(output, "{status}")?);
+        return Ok(writeln!(output, "{}", printable::json(&status))?);
     }
     let mut line = |name: &str, value: &str| writeln!(output, "{name:12} {value}");
     line(

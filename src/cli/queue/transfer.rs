@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use super::Failure;
 use super::show::summary;
+use crate::cli::printable;
 use crate::queue::operate::{Filter, Operate, Row};
 use crate::queue::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow};
 use crate::request::{Headers, Request};
@@ -118,7 +119,7 @@ fn write_all(store: &dyn Operate, filter: &Filter, output: &mut dyn Write) -> Re
                 "body".into(),
                 body.map_or(Value::Null, |body| of_bytes(&body)),
             );
-            writeln!(output, "{}", Value::Object(line))?;
+            writeln!(output, "{}", printable::json(&Value::Object(line)))?;
             progress.add(1);
         }
     }
@@ -196,7 +197,7 @@ fn read_all(store: &dyn Operate, mut input: impl BufRead) -> Result<(u64, u64), 
                 Err(why) => {
                     faulty += 1;
                     if faulty <= FAULTS_SHOWN {
-                        let why = crate::cli::printable::line(why.as_bytes());
+                        let why = printable::line(why.as_bytes());
                         let _ = writeln!(io::stderr(), "asyncproxy: line {number}: {why}");
                     }
                 }
