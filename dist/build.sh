@@ -4,6 +4,7 @@
 #   dist/build.sh                                    builds the binary first
 #   dist/build.sh --binary PATH [--output DIR] [--version V]   packs one that is there already
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 
 binary='' output=target/dist
@@ -16,6 +17,11 @@ while [ $# -gt 0 ]; do
     *) echo "dist/build.sh: unexpected argument $1" >&2; exit 2 ;;
   esac
 done
+
+# As seen from where it was called.
+from_there() { case $1 in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
+[ -z "$binary" ] || binary=$(from_there "$binary")
+[ "$output" = target/dist ] || output=$(from_there "$output")
 
 machine=$(uname -m)
 case $machine in
@@ -40,10 +46,9 @@ fi
 if [ -z "$binary" ]; then
   cargo build --locked --release --target "$target"
   binary=${CARGO_TARGET_DIR:-target}/$target/release/asyncproxy
-  if ldd "$binary" 2>/dev/null | grep -q '=>'; then
-    echo "dist/build.sh: $binary is not static" >&2
-    exit 1
-  fi
+fi
+if ldd "$binary" 2>/dev/null | grep -q '=>'; then
+  echo "dist/build.sh: warning: $binary is not static: it needs the libraries of this machine" >&2
 fi
 
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y Cargo.lock)}
@@ -58,6 +63,7 @@ chmod 755 "$work/asyncproxy"
 # All of one age, so that only contents count.
 age() { find "$1" -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} +; }
 pack() {
+  chmod -R u=rwX,go=rX "$work/$1"
   tar --create --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$SOURCE_DATE_EPOCH" \
     --directory="$work" "$1" | gzip --no-name --best > "$2"
 }
@@ -80,7 +86,8 @@ install -m 644 README.md dist/grafana.json dist/alerts.yaml "$documents"
 install -m 644 LICENSE "$documents/copyright"
 gzip --no-name --best --stdout CHANGELOG.md > "$documents/changelog.gz"
 mkdir "$root/DEBIAN"
-size=$(du --apparent-size -k -s "$root" | cut -f 1)
+# KiB of the files: what directories take is the file system's business.
+size=$(find "$root" -type f -printf '%s\n' | awk '{ all += int(($1 + 1023) / 1024) } END { print all }')
 sed -e "s/@VERSION@/$version/" -e "s/@ARCHITECTURE@/$architecture/" -e "s/@SIZE@/$size/" \
   dist/debian/control > "$root/DEBIAN/control"
 echo /etc/asyncproxy/config.yaml > "$root/DEBIAN/conffiles"
@@ -88,6 +95,7 @@ for script in postinst prerm postrm; do
   install -m 755 "dist/debian/$script" "$root/DEBIAN/$script"
 done
 (cd "$root" && find usr lib etc -type f -print0 | sort -z | xargs -0 md5sum > DEBIAN/md5sums)
+chmod -R u=rwX,go=rX "$root"
 age "$root"
 dpkg-deb --root-owner-group -Zgzip --build "$root" "$output/asyncproxy_${version}_$architecture.deb" >/dev/null
 

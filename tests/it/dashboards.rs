@@ -39,16 +39,17 @@ fn promtool(arguments: &[&str], input: &str) -> (bool, String) {
     (output.status.success(), String::from_utf8(text).unwrap())
 }
 
-/// A metric as an expression names it, with the labels it must have and, where they are given
-/// literally, their values.
+/// A metric as an expression names it, with the labels it must have and the values that are given
+/// literally, one by one: some series must have each.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Selector {
     name: String,
-    labels: Vec<(String, Option<String>)>,
+    labels: Vec<(String, Vec<String>)>,
 }
 
-/// The metrics in a PromQL expression. Knows as much of the language as is used here.
-fn selectors(expression: &str) -> Vec<Selector> {
+/// The metrics in a PromQL expression, and the labels it groups by. Knows as much of the language as is
+/// used here.
+fn selectors(expression: &str) -> (Vec<Selector>, Vec<String>) {
     const WORDS: [&str; 14] = [
         "by",
         "without",
@@ -65,7 +66,7 @@ fn selectors(expression: &str) -> Vec<Selector> {
         "nan",
         "le",
     ];
-    let mut found: Vec<Selector> = Vec::new();
+    let (mut found, mut grouped): (Vec<Selector>, Vec<String>) = (Vec::new(), Vec::new());
     let mut rest = expression;
     while let Some(first) = rest.chars().next() {
         if first == '[' {
@@ -81,7 +82,9 @@ fn selectors(expression: &str) -> Vec<Selector> {
             let (word, after) = rest.split_at(end);
             let after = after.trim_start();
             if matches!(word, "by" | "without" | "on" | "ignoring") {
-                rest = after.split_once(')').expect("labels in parentheses").1;
+                let (labels, after) = after[1..].split_once(')').expect("labels in parentheses");
+                grouped.extend(labels.split(',').map(|label| label.trim().to_owned()));
+                rest = after;
                 continue;
             }
             rest = after;
@@ -100,38 +103,49 @@ fn selectors(expression: &str) -> Vec<Selector> {
             rest = &rest[first.len_utf8()..];
         }
     }
-    found
+    (found, grouped)
 }
 
-fn matcher(text: &str) -> (String, Option<String>) {
+fn matcher(text: &str) -> (String, Vec<String>) {
     let end = text.find(['=', '!']).expect("a matcher");
     let (name, condition) = text.split_at(end);
     let value = condition
         .trim_start_matches(['=', '!', '~'])
         .trim_matches('"');
-    let is_literal = condition.starts_with("=\"");
-    let value = is_literal.then(|| value.to_owned());
-    (name.trim().to_owned(), value)
+    // A variable of the dashboard's stands for anything.
+    let values = value.split('|').filter(|value| !value.starts_with('$'));
+    let values = values.map(str::to_owned).collect();
+    (name.trim().to_owned(), values)
 }
 
 #[test]
 fn metrics_are_found_in_expressions() {
     let names = |expression| {
-        let names = selectors(expression)
-            .into_iter()
-            .map(|selector| selector.name);
-        names.collect::<Vec<_>>()
+        let (found, grouped) = selectors(expression);
+        let names = found.into_iter().map(|selector| selector.name);
+        (names.collect::<Vec<_>>().join(" "), grouped.join(" "))
     };
-    assert_eq!(names("up == 0"), ["up"]);
+    let both = |names: &str, labels: &str| (names.to_owned(), labels.to_owned());
+    assert_eq!(names("up == 0"), both("up", ""));
     assert_eq!(
         names("histogram_quantile(0.99, sum by (le, b) (rate(c_bucket{x=~\"$y\"}[5m]))) > 1e3"),
-        ["c_bucket"]
+        both("c_bucket", "le b")
     );
-    assert_eq!(names("a > 900 and on (instance) b == 0"), ["a", "b"]);
-    let found = selectors("a{b=\"c\", d=~\"e|f\", g!=\"h\"}");
-    let labels = [("b", Some("c")), ("d", None), ("g", None)];
-    let labels = labels.map(|(name, value)| (name.to_owned(), value.map(str::to_owned)));
-    assert_eq!(found[0].labels, labels);
+    assert_eq!(
+        names("a > 900 and on (instance) b == 0"),
+        both("a b", "instance")
+    );
+    let (found, _) = selectors("a{b=\"c\", d=~\"e|f\", g!=\"h\", i=~\"$j\"}");
+    let labels = found[0]
+        .labels
+        .iter()
+        .map(|(name, values)| (name.as_str(), values.join(" ")));
+    let labels: Vec<_> = labels.collect();
+    let expected = [("b", "c"), ("d", "e f"), ("g", "h"), ("i", "")];
+    assert_eq!(
+        labels,
+        expected.map(|(name, values)| (name, values.to_owned()))
+    );
 }
 
 /// All expressions, with where they stand.
@@ -158,20 +172,44 @@ fn expressions() -> Vec<(String, String)> {
     all
 }
 
-/// Whether a line of the exposition is a sample of the metric with these labels.
-fn is_sample(line: &str, selector: &Selector) -> bool {
-    let end = line.find(['{', ' ']).unwrap_or(line.len());
-    let (name, labels) = line.split_at(end);
-    name == selector.name
-        && selector
-            .labels
+/// Labels that are Prometheus' own, or a histogram's.
+const GIVEN: [&str; 3] = ["instance", "job", "le"];
+
+/// The labels of each series of a metric, as they stand in the exposition.
+fn series<'a>(exposition: &'a str, name: &str) -> Vec<&'a str> {
+    let lines = exposition
+        .lines()
+        .filter_map(|line| line.strip_prefix(name));
+    lines.filter(|rest| rest.starts_with(['{', ' '])).collect()
+}
+
+/// What of an expression is not there.
+fn missing(exposition: &str, expression: &str) -> Vec<String> {
+    let (found, grouped) = selectors(expression);
+    let mut missing = Vec::new();
+    let mut labels_of_all = String::new();
+    for Selector { name, labels } in found.iter().filter(|selector| selector.name != "up") {
+        let series = series(exposition, name);
+        if series.is_empty() {
+            missing.push(name.clone());
+        }
+        for (label, values) in labels
             .iter()
-            .all(|(label, value)| match (label.as_str(), value) {
-                // Prometheus' own.
-                ("instance" | "job", _) => true,
-                (label, None) => labels.contains(&format!("{label}=\"")),
-                (label, Some(value)) => labels.contains(&format!("{label}=\"{value}\"")),
-            })
+            .filter(|(label, _)| !GIVEN.contains(&label.as_str()))
+        {
+            let wanted = values.iter().map(|value| format!("{label}=\"{value}\""));
+            let wanted = wanted.chain([format!("{label}=\"")]);
+            let absent = wanted.filter(|part| !series.iter().any(|labels| labels.contains(part)));
+            missing.extend(absent.map(|part| format!("{name}{{{part}")));
+        }
+        labels_of_all += &series.concat();
+    }
+    let grouped = grouped
+        .iter()
+        .filter(|label| !GIVEN.contains(&label.as_str()));
+    let absent = grouped.filter(|label| !labels_of_all.contains(&format!("{label}=\"")));
+    missing.extend(absent.cloned());
+    missing
 }
 
 #[test]
@@ -183,21 +221,30 @@ fn each_metric_that_is_named_is_there() {
     proxy.accept(0..2);
     metrics::assert_settled(&proxy, 2);
     let exposition = http::get(proxy.control, "/metrics").text();
-    let mut missing = BTreeSet::new();
     for (place, expression) in expressions() {
-        let found = selectors(&expression);
-        assert!(!found.is_empty(), "{place}: {expression}");
-        for selector in found {
-            let is_there = exposition.lines().any(|line| is_sample(line, &selector));
-            // Of the scrape itself.
-            if !is_there && selector.name != "up" {
-                missing.insert((place.clone(), selector));
-            }
-        }
+        assert!(
+            !selectors(&expression).0.is_empty(),
+            "{place}: {expression}"
+        );
+        assert_eq!(missing(&exposition, &expression), [""; 0], "{place}");
     }
-    assert!(missing.is_empty(), "{missing:#?}");
-    let misspelt = selectors("asyncproxy_store_upp");
-    assert!(!exposition.lines().any(|line| is_sample(line, &misspelt[0])));
+    for (misspelt, part) in [
+        ("asyncproxy_store_upp == 0", "asyncproxy_store_upp"),
+        (
+            "asyncproxy_queue_rows{stat=\"dead\"}",
+            "asyncproxy_queue_rows{stat=\"",
+        ),
+        (
+            "asyncproxy_queue_rows{state=~\"waiting|leasd\"}",
+            "asyncproxy_queue_rows{state=\"leasd\"",
+        ),
+        ("sum by (instance, stat) (asyncproxy_queue_rows)", "stat"),
+    ] {
+        assert!(
+            missing(&exposition, misspelt).contains(&part.to_owned()),
+            "{misspelt}"
+        );
+    }
 
     // And the exposition is as it should be.
     let (_, complaints) = promtool(&["check", "metrics"], &exposition);
