@@ -1,5 +1,7 @@
 //! What comes from files is used, and shown nowhere.
 
+use crate::support::http;
+use crate::support::postgres::cluster;
 use crate::support::proxy::Setup;
 
 #[test]
@@ -31,5 +33,61 @@ fn check_config_shows_no_password_whatever_the_way_in() {
             assert!(!shown.contains("hush"), "{name}: {shown}");
             assert_eq!(shown.contains("127.0.0.1"), status == 0, "{name}: {shown}");
         }
+    }
+}
+
+/// A server that turns the user away: all that is said of it, by whatever is run, is without the
+/// password.
+#[test]
+fn a_failing_connection_shows_no_password_whatever_the_way_in() {
+    let port = cluster().database().port();
+    let url = format!("postgres://ann:hush-hush@127.0.0.1:{port}/queue");
+    let plain = Setup::new("http://127.0.0.1:1");
+    let file = plain.path("db.connection_string");
+    std::fs::write(&file, &url).unwrap();
+    let folder = file.parent().unwrap().display().to_string();
+    let setup = |key: &str, value: &str| {
+        let setup = Setup::new("http://127.0.0.1:1");
+        match key {
+            "" => setup.set("db.connection_string", format!("'{value}'")),
+            // Of the file, where it is the last to be asked.
+            name => setup.set("db.connection_string", "").env(name, value),
+        }
+    };
+    for (key, value) in [
+        ("", url.as_str()),
+        ("DB_CONNECTION_STRING", &url),
+        ("DB_CONNECTION_STRING_FILE", file.to_str().unwrap()),
+        ("CREDENTIALS_DIRECTORY", &folder),
+    ] {
+        let setup = setup(key, value);
+        for arguments in [
+            &["doctor"][..],
+            &["doctor", "--json"],
+            &["migrate"],
+            &["migrate", "--status"],
+            &["queue", "status"],
+            &["--check-config"],
+        ] {
+            let output = setup.command().args(arguments).output().unwrap();
+            let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+            assert!(
+                said.contains("ann") || said.contains("127.0.0.1"),
+                "{arguments:?}: {said}"
+            );
+            assert!(!said.contains("hush"), "{key} {arguments:?}: {said}");
+        }
+        let proxy = setup.start();
+        proxy.wait_for_log("store does not work");
+        proxy.sighup();
+        proxy.wait_for_log("settings reloaded");
+        for target in ["/readyz", "/status", "/metrics"] {
+            assert!(
+                !http::get(proxy.control, target).text().contains("hush"),
+                "{target}"
+            );
+        }
+        assert!(!proxy.log().contains("hush"), "{}", proxy.log());
+        proxy.stop();
     }
 }

@@ -89,6 +89,31 @@ fn it_is_told_of_the_start_the_state_and_the_end() {
 }
 
 #[test]
+fn a_reload_is_announced_and_ended_whether_it_succeeds_or_not() {
+    let setup = Setup::new("http://127.0.0.1:1");
+    let (mut systemd, setup) = Listener::of(setup);
+    let proxy = setup.start();
+    systemd.wait_for("READY=1");
+    for (rate, line) in [
+        ("7", "settings reloaded"),
+        ("many", "settings not reloaded"),
+    ] {
+        let setup = setup.path("config.yaml");
+        let text = std::fs::read_to_string(&setup).unwrap();
+        let text = text.replace("enqueue_rate: ", &format!("enqueue_rate: {rate} # "));
+        std::fs::write(&setup, text).unwrap();
+        proxy.sighup();
+        let usec = systemd.wait_for("MONOTONIC_USEC=");
+        assert!(systemd.has_heard("RELOADING=1"));
+        let (_, usec) = usec.split_once('=').unwrap();
+        assert!(usec.parse::<u64>().unwrap() > 0);
+        systemd.wait_for("READY=1");
+        proxy.wait_for_log(line);
+    }
+    proxy.stop();
+}
+
+#[test]
 fn a_frozen_database_does_not_trip_the_watchdog() {
     let database = cluster().database();
     let relay = Relay::start(listener(), database.port());

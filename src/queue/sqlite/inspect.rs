@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::open_to_read;
+use super::file::open_to_read;
 
 /// Reads the whole file and returns what is wrong with it, line by line; `ok` if nothing is.
 ///
