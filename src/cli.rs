@@ -66,9 +66,9 @@ Each setting can be given as an environment variable, too: server.bind as SERVER
 LOG_COLOR=false keeps colours out of the log.
 
 Exit status: 0 stopped, and nothing that was acknowledged is lost; 1 could not start or go on,
-or lost something; 2 wrong arguments or settings. demo: 0 all was delivered.
-doctor: 0 no errors, 1 errors, 2 unreadable settings. migrate --status: 0 nothing is pending, 1 something is. bench: 0 each request that was due was sent
-and answered 2xx; 1 not so, or could not start.
+or lost something; 2 wrong arguments or settings. demo: 0 all was delivered. doctor: 0 no errors,
+1 errors, 2 unreadable settings. migrate --status: 0 nothing is pending, 1 something is. bench: 0
+each request that was due was sent and answered 2xx; 1 not so, or could not start.
 ";
 
 /// What the program is to do.

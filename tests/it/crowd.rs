@@ -262,6 +262,11 @@ fn connections_opened_and_reset_leave_nothing_behind() {
     let proxy = setup.start();
     proxy.accept(0..100);
     destination.wait_for_numbers(100, PATIENCE);
+    // The store has its files open by the time it has been counted.
+    wait_until("a count", || {
+        let status = http::get(proxy.control, "/status").text();
+        !status.contains("\"counted_seconds_ago\":null")
+    });
     let before = proxy.usage();
     let mut most_threads = 0;
     for number in 0..5000 {

@@ -1,7 +1,9 @@
 //! TLS to Postgres: each `sslmode` against right and wrong certificates, beside psql.
 
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use asyncproxy::config::PostgresServer;
 use asyncproxy::queue::Store;
@@ -149,4 +151,29 @@ fn a_password_is_bound_to_the_channel() {
     assert_outcome(&string(&cluster, "localhost", prefer), None);
     let plain = "password=secret sslmode=disable";
     assert_outcome(&string(&cluster, "localhost", plain), Some("pg_hba.conf"));
+}
+
+/// One that accepts TLS and then says nothing holds up nobody for longer than it may.
+#[test]
+fn a_server_that_falls_silent_in_the_handshake_is_given_up() {
+    use std::io::{Read, Write};
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let asked = std::thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        let mut request = [0; 8];
+        socket.read_exact(&mut request).unwrap();
+        socket.write_all(b"S").unwrap();
+        // The hello, and then the end, because we give it up.
+        let mut rest = Vec::new();
+        let _ = socket.read_to_end(&mut rest);
+        rest.len()
+    });
+    let string = format!("host=127.0.0.1 port={port} user=test sslmode=require");
+    let server: PostgresServer = string.parse().unwrap();
+    let store = PostgresStore::new(server, 1, true, Duration::from_millis(300));
+    let error = store.sample().unwrap_err().to_string();
+    assert!(error.contains("store not available"), "{error}");
+    // The connection does not outlive it.
+    assert!(asked.join().unwrap() > 0);
 }

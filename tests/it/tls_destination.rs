@@ -145,3 +145,59 @@ fn a_destination_that_asks_for_a_certificate_gets_it() {
     destination.next();
     proxy.stop();
 }
+
+/// Certificates are renewed in place: a hangup is enough, though no setting has changed.
+#[test]
+fn a_hangup_reads_certificates_anew() {
+    let (ours, others) = (Authority::new("ours"), Authority::new("others"));
+    let destination = Secure::start(&ours.issue("server", "DNS:localhost", 2), None);
+    let setup = Setup::new(&destination.url("localhost"));
+    let trusted = setup.path("ca.pem");
+    std::fs::copy(others.certificate(), &trusted).unwrap();
+    let setup = setup
+        .set("proxy.ca_file", trusted.display())
+        .set("proxy.num_clients", 1);
+    let proxy = setup.start();
+    send(&proxy);
+    proxy.wait_for_log("UnknownIssuer");
+    std::fs::copy(ours.certificate(), &trusted).unwrap();
+    proxy.sighup();
+    proxy.wait_for_log("settings reloaded");
+    // What failed before, and what comes now.
+    send(&proxy);
+    destination.next();
+    destination.next();
+    proxy.stop();
+}
+
+#[test]
+fn keys_that_cannot_be_used_are_named() {
+    let authority = Authority::new("ours");
+    let (own, other) = (
+        authority.issue("client", "DNS:client", 2),
+        authority.issue("other", "DNS:other", 2),
+    );
+    let encrypted = own.key.with_extension("encrypted");
+    let done = std::process::Command::new("openssl")
+        .args(["pkcs8", "-topk8", "-passout", "pass:sesame", "-in"])
+        .arg(&own.key)
+        .arg("-out")
+        .arg(&encrypted)
+        .status();
+    assert!(done.unwrap().success());
+    for key in [&other.key, &encrypted, &own.certificate] {
+        let setup = trusting("https://localhost:1", &authority)
+            .set("proxy.client_cert_file", own.certificate.display())
+            .set("proxy.client_key_file", key.display());
+        let output = setup.command().arg("--check-config").output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{}: {said}", key.display());
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.contains("proxy.client_"), "{said}");
+        assert!(
+            said.contains(&*own.certificate.to_string_lossy())
+                || said.contains(&*key.to_string_lossy()),
+            "{said}"
+        );
+    }
+}
