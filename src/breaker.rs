@@ -220,12 +220,12 @@ impl Breaker {
 /// left alone.
 fn failure(outcome: &Outcome) -> Option<(String, Option<Duration>)> {
     match outcome {
-        Outcome::Failed(error) => Some((error.clone(), None)),
+        Outcome::Unreachable(error) | Outcome::Unanswered(error) => Some((error.clone(), None)),
         Outcome::Answered {
             status: status @ (429 | 500..=599),
             retry_after,
         } => Some((format!("destination answered {status}"), *retry_after)),
-        Outcome::Answered { .. } => None,
+        Outcome::Answered { .. } | Outcome::Unsendable(_) => None,
     }
 }
 
@@ -330,7 +330,7 @@ mod tests {
     use super::*;
 
     fn down() -> Outcome {
-        Outcome::Failed("refused".into())
+        Outcome::Unreachable("refused".into())
     }
 
     fn answered(status: u16, retry_after: Option<u64>) -> Outcome {

@@ -160,7 +160,9 @@ impl PathMetrics {
                 ..
             } => self.observe_other(&format!("response {status}"), seconds),
             Outcome::Answered { .. } => self.observe_other("response other", seconds),
-            Outcome::Failed(_) => self.observe_other("request error", seconds),
+            Outcome::Unreachable(_) | Outcome::Unanswered(_) | Outcome::Unsendable(_) => {
+                self.observe_other("request error", seconds);
+            }
         }
     }
 
@@ -660,7 +662,7 @@ mod tests {
             answered(204),
             answered(503),
             answered(999),
-            Outcome::Failed("refused".into()),
+            Outcome::Unreachable("refused".into()),
         ] {
             path.observe_attempt(&outcome, Duration::from_millis(3));
         }

@@ -14,8 +14,12 @@ pub enum Outcome {
         status: u16,
         retry_after: Option<Duration>,
     },
-    /// No answer: connection, timeout or protocol error.
-    Failed(String),
+    /// No connection: the request was not sent, and can have no part in it.
+    Unreachable(String),
+    /// Sent, at least in part, and no answer that could be read: a timeout, a broken connection.
+    Unanswered(String),
+    /// It cannot be written as a request at all, to whatever destination.
+    Unsendable(String),
 }
 
 /// Why an attempt did not deliver: kept with the row, shown to the operator.
@@ -79,7 +83,13 @@ impl RetryPolicy {
                 // RFC 9110 §10.2.3 gives it a meaning with 503, RFC 6585 §4 with 429.
                 (failure, retry_after.filter(|_| matches!(status, 429 | 503)))
             }
-            Outcome::Failed(error) => (
+            Outcome::Unsendable(error) => {
+                return Verdict::Bury(Failure {
+                    status: None,
+                    error,
+                });
+            }
+            Outcome::Unreachable(error) | Outcome::Unanswered(error) => (
                 Failure {
                     status: None,
                     error,
@@ -143,7 +153,7 @@ mod tests {
 
     #[test]
     fn gives_up_after_the_last_retry_the_age_or_a_final_status() {
-        let failed = || Outcome::Failed("refused".into());
+        let failed = || Outcome::Unreachable("refused".into());
         let buried = |verdict| matches!(verdict, Verdict::Bury(_));
         assert!(!buried(policy().decide(failed(), 3, Duration::ZERO, 0.0)));
         assert!(buried(policy().decide(failed(), 4, Duration::ZERO, 0.0)));

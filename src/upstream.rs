@@ -219,10 +219,26 @@ impl Client {
         }
         match result {
             Ok(outcome) => outcome,
-            Err(error) => {
-                self.upstream.resolver.suspect();
-                Outcome::Failed(describe(&error))
+            Err(error) => self.outcome(&error),
+        }
+    }
+
+    /// Whose fault it is that there is no answer.
+    fn outcome(&self, error: &ureq::Error) -> Outcome {
+        use ureq::Timeout::{Connect, Resolve};
+        let text = describe(error);
+        if matches!(error, ureq::Error::Http(_) | ureq::Error::BadUri(_)) {
+            return Outcome::Unsendable(text);
+        }
+        self.upstream.resolver.suspect();
+        match error {
+            ureq::Error::HostNotFound
+            | ureq::Error::ConnectionFailed
+            | ureq::Error::Timeout(Connect | Resolve) => Outcome::Unreachable(text),
+            ureq::Error::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                Outcome::Unreachable(text)
             }
+            _ => Outcome::Unanswered(text),
         }
     }
 

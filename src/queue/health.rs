@@ -2,7 +2,7 @@
 //! rows it holds.
 //!
 //! While it does not, only the poller goes on trying: nobody else waits out a timeout that
-//! another has waited out already.
+//! another has waited out already. An operation that the store refuses shows that it works.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -55,16 +55,17 @@ impl StoreHealth {
         result: Result<T, StoreError>,
         metrics: &Metrics,
     ) -> Result<T, StoreError> {
-        let now = match &result {
-            Ok(_) => State::Up,
-            Err(error) => State::Down(error.clone()),
+        let outage = result.as_ref().err().filter(|error| error.is_outage());
+        let now = match outage {
+            None => State::Up,
+            Some(error) => State::Down(error.clone()),
         };
         let before = {
             // Every admission looks in here: nothing is logged meanwhile.
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::replace(&mut *state, now)
         };
-        metrics.store_up.set(i64::from(result.is_ok()));
+        metrics.store_up.set(i64::from(outage.is_none()));
         match (&result, before) {
             (Ok(_), State::Up) => {}
             (Ok(_), State::Unknown) => log::info!("store is ready"),
@@ -72,7 +73,11 @@ impl StoreHealth {
             (Err(error), _) => {
                 metrics.store_errors.inc();
                 if let Some(suppressed) = FAILURES.allow() {
-                    log::error!(operation, error:%, suppressed; "store does not work");
+                    let what = match outage {
+                        Some(_) => "store does not work",
+                        None => "store refused an operation",
+                    };
+                    log::error!(operation, error:%, suppressed; "{what}");
                 }
             }
         }
@@ -97,5 +102,17 @@ mod tests {
         assert_eq!(health.note("claim", Ok(1), &metrics), Ok(1));
         assert_eq!(health.fault(), None);
         assert_eq!(metrics.store_up.get(), 1);
+    }
+
+    #[test]
+    fn what_it_refuses_is_no_outage() {
+        let metrics = Metrics::new(1).unwrap();
+        let health = StoreHealth::default();
+        let refused = StoreError::Refused("value too long".into());
+        let noted = health.note::<()>("append", Err(refused.clone()), &metrics);
+        assert_eq!(noted, Err(refused));
+        assert_eq!(health.fault(), None);
+        assert_eq!(metrics.store_up.get(), 1);
+        assert_eq!(metrics.store_errors.get(), 1);
     }
 }

@@ -200,20 +200,33 @@ pub struct Sample {
 /// Why a store did not do what was asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreError {
-    /// No connection to it, or none in time.
+    /// No connection to it, no answer in time, or it takes nothing from anybody (a full disk).
+    /// What was asked may be asked again as it is.
     Unavailable(String),
-    /// Reached, but it failed or refused.
-    Failed(String),
+    /// Reached, and it works, but it did not take what this one operation brought: a part of that,
+    /// or another operation, may succeed. Says nothing about the store.
+    Refused(String),
     /// Opened, but its schema is not one this version can work with. Needs the operator.
     Schema(String),
+    /// What it holds cannot be relied on any more: the file is damaged, or gone. Needs the
+    /// operator; nothing may rest on it until then.
+    Damaged(String),
+}
+
+impl StoreError {
+    /// Whether it tells that the store does not work, for whoever asks.
+    pub fn is_outage(&self) -> bool {
+        !matches!(self, StoreError::Refused(_))
+    }
 }
 
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             StoreError::Unavailable(why) => write!(f, "store not available: {why}"),
-            StoreError::Failed(why) => write!(f, "store failed: {why}"),
+            StoreError::Refused(why) => write!(f, "store refused: {why}"),
             StoreError::Schema(why) => write!(f, "store schema: {why}"),
+            StoreError::Damaged(why) => write!(f, "store damaged: {why}"),
         }
     }
 }

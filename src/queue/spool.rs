@@ -212,7 +212,7 @@ impl Mover {
     /// Moves rows, or those of them that the store takes; returns how many.
     fn move_batch(&self, rows: &[NewRow]) -> Result<usize, StoreError> {
         let result = self.store.append(rows);
-        if matches!(result, Err(StoreError::Failed(_))) {
+        if matches!(result, Err(StoreError::Refused(_))) {
             return self.move_singly(rows);
         }
         self.health.note("append", result, &self.metrics)?;
@@ -237,7 +237,7 @@ impl Mover {
                     self.wake.wake();
                     moved += 1;
                 }
-                Err(StoreError::Failed(error)) if moved > 0 || rows.len() == 1 => {
+                Err(StoreError::Refused(error)) if moved > 0 || rows.len() == 1 => {
                     if let Some(suppressed) = REFUSED.allow() {
                         log::error!(id:% = row.request.id, error, suppressed; "the store refuses a row, it stays in the spool");
                     }

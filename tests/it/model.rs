@@ -281,7 +281,11 @@ impl Pair<'_> {
             kind: Kind::Leased,
         }));
         let result = self.store.append(&rows);
-        prop_assert!(matches!(result, Err(StoreError::Failed(_))), "{:?}", result);
+        prop_assert!(
+            matches!(result, Err(StoreError::Refused(_))),
+            "{:?}",
+            result
+        );
         Ok(())
     }
 

@@ -50,7 +50,9 @@ impl Tally {
                     let _ = latencies.record(microseconds);
                 }
             }
-            Outcome::Failed(reason) => self.count_error(reason, 1),
+            Outcome::Unreachable(reason)
+            | Outcome::Unanswered(reason)
+            | Outcome::Unsendable(reason) => self.count_error(reason, 1),
         }
     }
 
@@ -220,7 +222,7 @@ mod tests {
         for bad in [answered(199), answered(301), answered(500)] {
             assert!(!report([answered(200), bad]).is_success());
         }
-        assert!(!report([Outcome::Failed("gone".into())]).is_success());
+        assert!(!report([Outcome::Unanswered("gone".into())]).is_success());
         assert!(!report([]).is_success(), "nothing was sent");
         let mut unanswered = report([answered(200)]);
         unanswered.tally.sent += 1;
@@ -262,15 +264,15 @@ mod tests {
 
     #[test]
     fn reasons_are_bounded_escaped_and_the_most_frequent_first() {
-        let frequent = (0..9).map(|_| Outcome::Failed("\x1b[2Jgone".into()));
-        let many = (0..1000).map(|n| Outcome::Failed(format!("reason {n}")));
+        let frequent = (0..9).map(|_| Outcome::Unanswered("\x1b[2Jgone".into()));
+        let many = (0..1000).map(|n| Outcome::Unanswered(format!("reason {n}")));
         let report = report(many.chain(frequent));
         assert!(report.tally.errors.len() <= REASONS_MAX + 1);
         let shown = report.to_string();
         assert!(shown.contains("errors: 1009\n  others: 989"), "{shown}");
         assert!(shown.lines().count() < 15, "{shown}");
         assert!(shown.ends_with("latency: no answers\n"), "{shown}");
-        let escaped = super::tests::report([Outcome::Failed("\x1b[2J".into())]).to_string();
+        let escaped = super::tests::report([Outcome::Unanswered("\x1b[2J".into())]).to_string();
         assert!(escaped.contains("  \\u{1b}[2J: 1"), "{escaped}");
     }
 

@@ -405,7 +405,7 @@ mod tests {
         assert_eq!(clock(1.0, 0.1).level, Level::Ok);
         assert_eq!(clock(-3.0, 0.1).level, Level::Warning);
         assert_eq!(clock(3.0, 2.0).level, Level::Ok);
-        let error = StoreError::Failed(format!("permission denied {PERMISSION_DENIED}"));
+        let error = StoreError::Refused(format!("permission denied {PERMISSION_DENIED}"));
         assert_eq!(unknown("connection", &error).level, Level::Error);
         assert!(
             unknown("snapshots", &error)

@@ -144,7 +144,7 @@ impl Connections {
                     Err(StoreError::Unavailable(why))
                 }
                 RecvTimeoutError::Disconnected => {
-                    Err(StoreError::Failed("the operation panicked".into()))
+                    Err(StoreError::Refused("the operation panicked".into()))
                 }
             })
     }
@@ -427,30 +427,35 @@ pub(super) fn describe(fault: Fault) -> StoreError {
         Fault::Postgres(error) => error,
     };
     let text = one_line(&error);
-    let is_unavailable = match error.as_db_error() {
-        // SQLSTATE class 08: connection exceptions, PgBouncer's own among them.
-        Some(db) => {
-            is_fatal(db)
-                || db.code().code().starts_with("08")
-                || [
-                    SqlState::ADMIN_SHUTDOWN,
-                    SqlState::CRASH_SHUTDOWN,
-                    SqlState::CANNOT_CONNECT_NOW,
-                    SqlState::TOO_MANY_CONNECTIONS,
-                    SqlState::READ_ONLY_SQL_TRANSACTION,
-                ]
-                .contains(db.code())
-        }
+    match error.as_db_error() {
+        Some(db) if is_fatal(db) => StoreError::Unavailable(text),
+        Some(db) => classify(db.code().code(), text),
         None => {
-            error.is_closed()
-                || std::error::Error::source(&error)
-                    .is_some_and(<dyn std::error::Error>::is::<std::io::Error>)
+            let is_io = std::error::Error::source(&error)
+                .is_some_and(<dyn std::error::Error>::is::<std::io::Error>);
+            match error.is_closed() || is_io {
+                true => StoreError::Unavailable(text),
+                false => StoreError::Refused(text),
+            }
         }
-    };
-    if is_unavailable {
-        StoreError::Unavailable(text)
-    } else {
-        StoreError::Failed(text)
+    }
+}
+
+/// What an SQLSTATE says about the server, by its class (PostgreSQL's appendix A).
+fn classify(sqlstate: &str, text: String) -> StoreError {
+    match sqlstate {
+        // A statement that was cancelled or did not get its lock: of this one alone.
+        "57014" | "55P03" => StoreError::Refused(text),
+        // A relation, column or right that is not there: no operation of ours will do better.
+        "42P01" | "42703" | "42501" => StoreError::Schema(text),
+        // 08: the connection, PgBouncer's own errors among them. 53: disk, memory or connections
+        // are exhausted. 57: an operator or a shutdown. 58: the system's errors. 25006: a standby.
+        "25006" => StoreError::Unavailable(text),
+        code => match code.get(..2) {
+            Some("08" | "53" | "57" | "58") => StoreError::Unavailable(text),
+            Some("3D" | "3F") => StoreError::Schema(text),
+            _ => StoreError::Refused(text),
+        },
     }
 }
 

@@ -193,10 +193,20 @@ impl SqliteStore {
     pub(super) fn describe(&self, error: &rusqlite::Error) -> StoreError {
         let text = format!("{}: {error}", self.path.display());
         match error.sqlite_error_code() {
-            Some(ErrorCode::CannotOpen | ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
-                StoreError::Unavailable(text)
-            }
-            _ => StoreError::Failed(text),
+            // Not of SQLite itself: a value that could not be converted, for one.
+            None => StoreError::Refused(text),
+            // Of the statement and what it brings.
+            Some(
+                ErrorCode::Unknown
+                | ErrorCode::ConstraintViolation
+                | ErrorCode::TypeMismatch
+                | ErrorCode::TooBig
+                | ErrorCode::ApiMisuse
+                | ErrorCode::ParameterOutOfRange,
+            ) => StoreError::Refused(text),
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => StoreError::Damaged(text),
+            // Of the file: locked, full, lost, read-only, failing.
+            Some(_) => StoreError::Unavailable(text),
         }
     }
 }
