@@ -34,9 +34,9 @@ const CONTROL_BYTES_MAX: usize = 4 * 1024 * 1024;
 const INTAKE_LIMIT: Duration = Duration::from_secs(30);
 /// What a stop takes beyond `server.shutdown_timeout`, at most: storing what is left.
 const STOP_TIME: Duration = Duration::from_secs(90);
-/// For scrapers and health checks.
+/// For scrapers and health checks, which send all they have to say at once.
 const CONTROL_TIMES: builtin::Times = builtin::Times {
-    request: Duration::from_secs(5),
+    request: Duration::from_secs(1),
     idle: Duration::from_secs(60),
 };
 

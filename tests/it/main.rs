@@ -21,6 +21,7 @@ mod breaker;
 mod cli;
 mod cluster_rate;
 mod contract;
+mod control;
 mod crowd;
 mod dashboards;
 mod delivery;
