@@ -114,6 +114,25 @@ fn what_comes_back_is_refused_and_counted() {
     }
 }
 
+#[test]
+fn via_tells_the_protocol_that_a_request_came_in_with() {
+    for acceptor in ["builtin", "tiny_http"] {
+        let destination = Destination::start();
+        let setup = Setup::new(&destination.url()).set("server.acceptor", acceptor);
+        let proxy = setup.start();
+        for (number, version) in ["1.0", "1.1"].into_iter().enumerate() {
+            let request = format!("GET / HTTP/{version}\r\nHost: h\r\nVia: 1.1 fred\r\n\r\n");
+            assert_eq!(proxy.send(request.as_bytes()).status, 200, "{acceptor}");
+            let vias = destination.wait_for(number + 1, PATIENCE)[number].vias();
+            assert_eq!(vias.len(), 2, "{acceptor}: {vias:?}");
+            assert_eq!(vias[0], "1.1 fred");
+            let own = format!("{version} asyncproxy-");
+            assert!(vias[1].starts_with(&own), "{acceptor}: {vias:?}");
+        }
+        proxy.stop();
+    }
+}
+
 /// Two that send to each other: each request goes round once and stays until there is a way out.
 fn a_ring_of_two_takes_each_request_once(route: Route) {
     const REQUESTS: usize = 3;

@@ -151,6 +151,7 @@ impl Quick {
         begun: Instant,
         cause: Cause,
     ) -> Option<Visit> {
+        let mut begun = begun;
         while !self.input.is_empty() {
             let mark = self.input.mark();
             let (input, head) = (&mut self.input, &mut self.head);
@@ -185,6 +186,10 @@ impl Quick {
                 Err(_) => return Some(Visit::Over),
             };
             if sent == bytes.len() && form.is_kept {
+                if !self.input.is_empty() {
+                    // The next one's time is its own.
+                    begun = Instant::now();
+                }
                 continue;
             }
             if sent == bytes.len() && self.input.is_empty() {
