@@ -17,11 +17,13 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use socket2::Socket;
 
-use crate::config::{Bind, Change, Config, ConfigError, shown_address};
+use crate::config::own::{self, Listener, OwnAddress};
+use crate::config::{Bind, Change, Config, ConfigError, RemoteUrl, shown_address};
 use crate::descriptors;
 use crate::drain::Drain;
 use crate::intake::Intake;
 use crate::queue::health::StoreHealth;
+use crate::request::Mark;
 use crate::systemd::Notifier;
 use crate::thread::Threads;
 use crate::worker::Shared;
@@ -38,6 +40,8 @@ pub enum RunError {
         address: String,
         error: io::Error,
     },
+    /// The destination is one of our own listeners.
+    Own(OwnAddress),
     /// The system gave no thread, signal handler or the like.
     Start { what: String, error: io::Error },
     /// A thread ended that should not have.
@@ -54,6 +58,7 @@ impl fmt::Display for RunError {
                 address,
                 error,
             } => write!(f, "{setting}: cannot listen on {address}: {error}"),
+            RunError::Own(own) => own.fmt(f),
             RunError::Start { what, error } => write!(f, "cannot start {what}: {error}"),
             RunError::Thread(name) => write!(f, "thread {name} ended unexpectedly"),
             RunError::Lost(count) => write!(
@@ -86,6 +91,7 @@ pub fn run(config: Config, load: Load<'_>) -> Result<(), RunError> {
 pub struct App {
     running: Running,
     address: String,
+    listeners: [Listener; 2],
     /// As at the start: what needs a restart is as it was then.
     started: Config,
     /// As last reloaded.
@@ -100,12 +106,18 @@ impl App {
     pub fn start(config: Config, threads: Threads, stop: Receiver<i32>) -> Result<App, RunError> {
         let listener = listen("server.bind", &config.server.bind)?;
         let control_listener = listen("metrics.bind", &config.metrics.bind)?;
+        let own = [
+            Listener::of_socket("server.bind", &listener),
+            Listener::of_socket("metrics.bind", &control_listener),
+        ];
+        own::check(&config.proxy.remote_url, &own).map_err(RunError::Own)?;
         let address = shown_address(&listener).map_err(cannot_start("intake"))?;
         let max_connections = descriptors::raise_limit(&config);
         let listeners = (listener, control_listener);
         Ok(App {
             running: Running::start(&config, (threads, stop), listeners, max_connections)?,
             address,
+            listeners: own,
             started: config,
             reloaded: None,
         })
@@ -150,7 +162,10 @@ impl App {
             notifier.reloading();
         }
         let reloads = running.drain.metrics.reloads();
-        match load() {
+        match load()
+            .map_err(|error| error.to_string())
+            .and_then(|newer| self.check(newer))
+        {
             Err(error) => {
                 reloads.failed();
                 log::error!(error:%; "settings not reloaded, all stay as they are");
@@ -165,6 +180,16 @@ impl App {
         if let Some(notifier) = &self.running.notifier {
             notifier.ready();
         }
+    }
+
+    /// What depends on more than the settings.
+    fn check(&self, newer: Config) -> Result<Config, String> {
+        let remote = &newer.proxy.remote_url;
+        // One that is the same would be refused for what has changed about a name meanwhile.
+        if *remote != self.settings().proxy.remote_url {
+            own::check(remote, &self.listeners).map_err(|error| error.to_string())?;
+        }
+        Ok(newer)
     }
 
     fn report(&self, newer: &Config) {
@@ -200,6 +225,20 @@ fn cannot_start(what: impl Into<String>) -> impl FnOnce(io::Error) -> RunError {
         what: what.into(),
         error,
     }
+}
+
+/// What tells this program from another that requests may come through as well: where it runs, where
+/// it listens, and where it sends to.
+fn mark(bind: &Bind, remote: &RemoteUrl) -> Mark {
+    let host = rustix::system::uname();
+    let host = host.nodename().to_string_lossy();
+    let RemoteUrl {
+        scheme,
+        authority,
+        path_prefix,
+    } = remote;
+    let remote = format!("{scheme}://{authority}{path_prefix}");
+    Mark::of(&[&host, &bind.to_string(), &remote])
 }
 
 fn listen(setting: &'static str, bind: &Bind) -> Result<Socket, RunError> {
@@ -278,6 +317,8 @@ impl Running {
         }
         if is_moved {
             destination.renew();
+            let mark = mark(&started.server.bind, &newer.proxy.remote_url);
+            intake.mark.store(mark.to_bits(), Ordering::Relaxed);
         }
     }
 

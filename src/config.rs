@@ -4,6 +4,7 @@
 mod address;
 mod database;
 mod files;
+pub mod own;
 mod raw;
 mod ssl;
 mod values;

@@ -12,10 +12,13 @@ use crate::intake::{Answer, Intake};
 use crate::metrics::Metrics;
 use crate::progress::Progress;
 use crate::queue::health::StoreHealth;
+use crate::request::path_of;
 use crate::status::Status;
 
-/// Enough for some scrapers and health checks at once.
-pub const CONNECTIONS_MAX: usize = 16;
+/// Most connections at once. Those that have sent no whole request give way to others.
+pub const CONNECTIONS_MAX: usize = 64;
+/// Most threads: enough for some scrapers at once. Health is told without one.
+const THREADS_MAX: usize = 32;
 
 /// Answers on the control port.
 #[derive(Debug)]
@@ -39,20 +42,27 @@ impl Service for Control {
         self.budget.permit()
     }
 
+    fn threads_max(&self) -> Option<usize> {
+        Some(THREADS_MAX)
+    }
+
     fn serve(&self, received: Received<'_>) -> Answer {
-        if !matches!(received.head.method, "GET" | "HEAD") {
-            return page(405, "only GET and HEAD\n");
+        let path = path_of(received.head.target);
+        match self.at_once(received.head.method, path) {
+            Some(answer) => answer,
+            None if path == "/status" => self.status(),
+            None => self.metrics(),
         }
-        match received.head.target.split('?').next().unwrap_or("") {
-            "/healthz" => match self.progress.stuck(Instant::now()) {
-                None => page(200, "ok\n"),
-                Some(stuck) => page(503, format!("{stuck}\n")),
-            },
-            "/readyz" => self.readiness(),
-            "/status" => self.status(),
-            path if path == self.metrics_path => self.metrics(),
-            _ => page(404, "not found\n"),
-        }
+    }
+
+    fn is_quick(&self) -> bool {
+        true
+    }
+
+    /// By the front, whatever else is asked for: an orchestrator that gets no answer here kills the
+    /// program.
+    fn serve_quickly(&self, received: Received<'_>) -> Option<Answer> {
+        self.at_once(received.head.method, path_of(received.head.target))
     }
 
     fn refuse(&self, answer: Answer) -> Answer {
@@ -70,6 +80,23 @@ fn page(status: u16, text: impl Into<String>) -> Answer {
 }
 
 impl Control {
+    /// What is told from a few values in memory; nothing of it waits for anybody. `None`: all else.
+    fn at_once(&self, method: &str, path: &str) -> Option<Answer> {
+        if !matches!(method, "GET" | "HEAD") {
+            return Some(page(405, "only GET and HEAD\n"));
+        }
+        Some(match path {
+            "/healthz" => match self.progress.stuck(Instant::now()) {
+                None => page(200, "ok\n"),
+                Some(stuck) => page(503, format!("{stuck}\n")),
+            },
+            "/readyz" => self.readiness(),
+            "/status" => return None,
+            path if path == self.metrics_path => return None,
+            _ => page(404, "not found\n"),
+        })
+    }
+
     fn metrics(&self) -> Answer {
         let held_bytes = self.intake.budget.held_bytes();
         self.metrics

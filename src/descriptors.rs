@@ -6,8 +6,8 @@ use crate::config::{Acceptor, Config};
 use crate::intake::tiny_http;
 
 /// Descriptors besides those of senders, destinations and Postgres: listeners, the control
-/// port's connections, SQLite's files, log.
-const OTHERS: u64 = 64;
+/// port's connections (64), SQLite's files, log.
+const OTHERS: u64 = 112;
 /// tiny_http has no limit of connections; so many are allowed for.
 const TINY_HTTP_SENDERS: u64 = 1024;
 

@@ -80,6 +80,7 @@ pub struct Refusals {
     pub timeout: IntCounter,
     pub overloaded: IntCounter,
     pub queue_full: IntCounter,
+    pub looped: IntCounter,
 }
 
 impl Refusals {
@@ -521,7 +522,7 @@ impl Make {
     }
 
     fn refusals(&self, total: IntCounter) -> Result<Refusals, prometheus::Error> {
-        let [invalid, too_large, timeout, overloaded, queue_full] = self.counters_by(
+        let [invalid, too_large, timeout, overloaded, queue_full, looped] = self.counters_by(
             "asyncproxy_refused_total",
             "Requests answered with an error, by reason.",
             (
@@ -532,6 +533,7 @@ impl Make {
                     "timeout",
                     "overloaded",
                     "queue_full",
+                    "loop",
                 ],
             ),
         )?;
@@ -542,6 +544,7 @@ impl Make {
             timeout,
             overloaded,
             queue_full,
+            looped,
         })
     }
 

@@ -1,6 +1,6 @@
 //! Starts the pipeline, from its end to its beginning: what takes requests comes last.
 
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicUsize};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use prometheus::IntGauge;
 use socket2::Socket;
 
 use super::stage::Stage;
-use super::{RunError, Running, cannot_start, spawn};
+use super::{RunError, Running, cannot_start, mark, spawn};
 use crate::admission::{Admission, Committing};
 use crate::budget::Budget;
 use crate::config::{Acceptor as AcceptorKind, Ack, Config, shown_address};
@@ -34,9 +34,9 @@ const CONTROL_BYTES_MAX: usize = 4 * 1024 * 1024;
 const INTAKE_LIMIT: Duration = Duration::from_secs(30);
 /// What a stop takes beyond `server.shutdown_timeout`, at most: storing what is left.
 const STOP_TIME: Duration = Duration::from_secs(90);
-/// For scrapers and health checks.
+/// For scrapers and health checks, which send all they have to say at once.
 const CONTROL_TIMES: builtin::Times = builtin::Times {
-    request: Duration::from_secs(5),
+    request: Duration::from_secs(1),
     idle: Duration::from_secs(60),
 };
 
@@ -354,6 +354,7 @@ fn new_intake(
         metrics: Arc::clone(&stage.metrics),
         budget: Arc::clone(&stage.budget),
         response_status: AtomicU16::new(server.response_status),
+        mark: AtomicU32::new(mark(&server.bind, &config.proxy.remote_url).to_bits()),
         body_bytes_max: AtomicUsize::new(server.max_body_size),
         draining: Arc::new(AtomicBool::new(false)),
     }

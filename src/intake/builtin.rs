@@ -4,12 +4,14 @@
 //! One thread, the front, takes in connections, waits for all idle ones, and answers what can be
 //! answered at once. A request that must be waited for (for its rest, or for the store) gets a
 //! thread until it is answered, of at most `max_connections`. When all places are taken, new
-//! connections wait in the kernel's backlog, and the front ends idle ones in their favour.
+//! connections wait in the kernel's backlog, and the front ends idle ones in their favour. Of a
+//! service that limits its threads, the front itself waits for whole requests.
 
 pub mod body;
 mod connection;
 mod front;
 pub mod head;
+mod quick;
 mod seat;
 
 use std::fmt;
@@ -68,6 +70,12 @@ pub trait Service: Send + Sync + 'static {
     /// An empty permit, which grows with the body.
     fn permit(&self) -> Permit;
 
+    /// Most threads at a time. With a limit, a request gets one only once it is here in whole, and
+    /// 503 if there is none. Without, there is one for each connection that needs it.
+    fn threads_max(&self) -> Option<usize> {
+        None
+    }
+
     /// Answers a request, however long that takes.
     fn serve(&self, received: Received<'_>) -> Answer;
 
@@ -123,6 +131,8 @@ pub struct Acceptor<S> {
     open: Arc<AtomicUsize>,
     handed_over: (Sender<Handover>, Receiver<Handover>),
     seats: Mutex<Vec<Arc<Seat>>>,
+    /// Connections that are at threads, or wait for one.
+    at_threads: AtomicUsize,
     /// Threads that wait, less the connections that wait for them.
     free: AtomicIsize,
     started: AtomicUsize,
@@ -171,6 +181,7 @@ impl<S: Service> Acceptor<S> {
             // One place for each: never full.
             handed_over: bounded(max_connections),
             seats: Mutex::default(),
+            at_threads: AtomicUsize::new(0),
             free: AtomicIsize::new(0),
             started: AtomicUsize::new(0),
             epoch: Instant::now(),
@@ -226,8 +237,15 @@ impl<S: Service> Acceptor<S> {
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether one more connection may be handed over. Makes room for it, if it can be made at once.
+    fn has_thread(&self) -> bool {
+        let threads_max = self.service.threads_max().unwrap_or(usize::MAX);
+        self.at_threads.load(Ordering::SeqCst) < threads_max || self.end_slow()
+    }
+
     /// Gives a connection to a thread that is free, or to a new one.
     fn hand_over(self: &Arc<Self>, link: Link, rest: Rest) {
+        self.at_threads.fetch_add(1, Ordering::SeqCst);
         if self.free.fetch_sub(1, Ordering::SeqCst) <= 0
             && let Err(error) = self.add_thread()
             && let Some(suppressed) = NO_THREAD.allow()
@@ -236,6 +254,7 @@ impl<S: Service> Acceptor<S> {
             log::error!(error:%, suppressed; "no more threads for connections, see server.max_connections");
         }
         if self.handed_over.0.try_send((link, rest)).is_err() {
+            self.at_threads.fetch_sub(1, Ordering::SeqCst);
             self.free.fetch_add(1, Ordering::SeqCst);
         }
     }
@@ -260,6 +279,7 @@ impl<S: Service> Acceptor<S> {
         self.seats().push(Arc::clone(&seat));
         while let Some((link, rest)) = self.next(is_kept) {
             self.occupy(&seat, link, rest);
+            self.at_threads.fetch_sub(1, Ordering::SeqCst);
             self.free.fetch_add(1, Ordering::SeqCst);
         }
         self.seats().retain(|other| !Arc::ptr_eq(other, &seat));
@@ -301,11 +321,35 @@ impl<S: Service> Acceptor<S> {
         }
     }
 
+    /// Ends one connection that keeps a thread, but not for a request that is being served: one that
+    /// is idle or sends slowly, or one that has been slow to take its answer. Tells whether there was
+    /// one; its thread is free then in no time.
+    fn end_slow(&self) -> bool {
+        let now = self.now();
+        let seats = self.seats();
+        let slowest = seats
+            .iter()
+            .filter(|seat| !seat.is_evicted())
+            .map(|seat| (seat.state(), seat))
+            .filter(|((state, since), _)| match state {
+                State::Idle | State::Reading => true,
+                State::Writing => now.saturating_sub(*since) >= HELD_MS_MAX,
+                State::Busy => false,
+            })
+            .min_by_key(|(state, _)| *state);
+        slowest.is_some_and(|(seen, seat)| seat.stop(seen))
+    }
+
+    /// Milliseconds since the epoch of all seats.
+    fn now(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// Ends one connection that a thread is at: one whose sender has taken long to send its
     /// request or to take its answer, or else the one that has been here longest, after its
     /// answer. Returns how long to wait for what comes of it.
     fn end_one(&self) -> Duration {
-        let now = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let now = self.now();
         let seats = self.seats();
         let longest = seats
             .iter()
@@ -333,3 +377,6 @@ impl<S: Service> Acceptor<S> {
         ANSWER_PAUSE
     }
 }
+
+#[cfg(test)]
+mod tests;

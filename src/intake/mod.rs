@@ -7,13 +7,13 @@ pub mod tiny_http;
 
 use std::borrow::Cow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use crate::admission::{Admission, Admitted};
 use crate::budget::{Budget, Permit};
 use crate::metrics::{Busy, Metrics};
-use crate::request::{Invalid, Peer, Request, path_of};
+use crate::request::{Invalid, Mark, Peer, Request, path_of};
 
 /// What every acceptor needs.
 #[derive(Debug)]
@@ -24,6 +24,8 @@ pub struct Intake {
     /// The status that acknowledges a request.
     pub response_status: AtomicU16,
     pub body_bytes_max: AtomicUsize,
+    /// The bits of the [`Mark`] that requests get here.
+    pub mark: AtomicU32,
     /// Set when no more requests shall come in on open connections.
     pub draining: Arc<AtomicBool>,
 }
@@ -37,7 +39,7 @@ pub enum Answer {
     Page(u16, Vec<u8>),
     /// A text in JSON.
     Json(String),
-    /// 400: could never be sent on.
+    /// 400, or 431 or 508: could never be sent on.
     Invalid(Invalid),
     /// 400: not HTTP as RFC 9112 has it, or with two possible meanings.
     Malformed(&'static str),
@@ -67,6 +69,8 @@ impl Answer {
         match self {
             Answer::Accepted(status) | Answer::Page(status, _) => *status,
             Answer::Json(_) => 200,
+            Answer::Invalid(Invalid::Fields) => 431,
+            Answer::Invalid(Invalid::Loop) => 508,
             Answer::Invalid(_) | Answer::Malformed(_) | Answer::CutShort => 400,
             Answer::Timeout => 408,
             Answer::TooLarge => 413,
@@ -143,6 +147,10 @@ impl Intake {
         self.draining.load(Ordering::SeqCst)
     }
 
+    fn mark(&self) -> Mark {
+        Mark::from_bits(self.mark.load(Ordering::Relaxed))
+    }
+
     /// What the sender of a request is told that was admitted or not, so long after its head.
     pub fn answer(&self, admitted: Admitted, took: Duration) -> Answer {
         let seconds = took.as_secs_f64();
@@ -164,9 +172,13 @@ impl Intake {
     pub fn refuse(&self, answer: Answer) -> Answer {
         let refused = &self.metrics.refused;
         refused.count(match answer {
-            Answer::TooLarge | Answer::LineTooLong | Answer::FieldsTooLarge => &refused.too_large,
+            Answer::TooLarge
+            | Answer::LineTooLong
+            | Answer::FieldsTooLarge
+            | Answer::Invalid(Invalid::Fields) => &refused.too_large,
             Answer::Timeout => &refused.timeout,
             Answer::Overloaded => &refused.overloaded,
+            Answer::Invalid(Invalid::Loop) => &refused.looped,
             _ => &refused.invalid,
         });
         answer
@@ -174,11 +186,13 @@ impl Intake {
 }
 
 impl builtin::Received<'_> {
-    fn record(self) -> Result<(Request, Permit), Invalid> {
+    fn record(self, mark: Mark) -> Result<(Request, Permit), Invalid> {
         let head = self.head;
         let peer = Peer {
             ip: self.peer,
             host: head.host,
+            is_10: !head.is_11,
+            mark: Some(mark),
         };
         let fields = head.fields.iter().map(|field| (field.name, field.value));
         let now = SystemTime::now();
@@ -201,7 +215,7 @@ impl builtin::Service for Intake {
         let path = self.metrics.path(path_of(received.head.target));
         path.requests.inc();
         let started = received.started;
-        let answer = match received.record() {
+        let answer = match received.record(self.mark()) {
             Err(why) => self.refuse(Answer::Invalid(why)),
             Ok((request, permit)) => {
                 let admitted = self.admission.admit(request, permit);
@@ -219,7 +233,7 @@ impl builtin::Service for Intake {
     fn serve_quickly(&self, received: builtin::Received<'_>) -> Option<Answer> {
         let path = self.metrics.path(path_of(received.head.target));
         let started = received.started;
-        let (request, permit) = received.record().ok()?;
+        let (request, permit) = received.record(self.mark()).ok()?;
         let admitted = self.admission.admit_quickly(request, permit)?;
         let took = started.elapsed();
         path.requests.inc();

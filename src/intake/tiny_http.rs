@@ -16,7 +16,7 @@ use super::{Answer, Intake};
 use crate::budget::Permit;
 use crate::logger::LogLimit;
 use crate::metrics::Busy;
-use crate::request::{Peer, Request, path_of};
+use crate::request::{Peer, Request, is_authority, path_of};
 
 /// Threads that read bodies and answer: as many requests can be on their way into one commit.
 pub const THREADS: usize = 64;
@@ -114,7 +114,12 @@ impl Acceptor {
         let peer = Peer {
             ip: request.remote_addr().map(std::net::SocketAddr::ip),
             host: find(request, "Host").map(str::as_bytes),
+            is_10: *request.http_version() <= HTTPVersion(1, 0),
+            mark: Some(self.intake.mark()),
         };
+        if peer.host.is_some_and(|host| !is_authority(host)) {
+            return self.intake.refuse(Answer::Malformed("malformed Host"));
+        }
         let method = request.method().to_string();
         let now = SystemTime::now();
         let recorded = Request::record(&method, request.url(), fields, peer, body, now);

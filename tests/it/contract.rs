@@ -242,6 +242,7 @@ contract!(
     extreme_times_do_no_harm,
     concurrent_claims_never_share_a_row,
     unreadable_rows_are_buried_and_block_nobody,
+    fields_that_are_never_forwarded_are_left_out_of_rows,
     rows_survive_reopening,
     two_stores_share_one_queue,
     a_newer_schema_is_refused,
@@ -952,8 +953,13 @@ fn concurrent_claims_never_share_a_row(bench: &Bench) {
 
 fn unreadable_rows_are_buried_and_block_nobody(bench: &Bench) {
     let store = bench.open();
-    let ids: Vec<Uuid> = (0..6).map(|_| append_one(&*store)).collect();
+    let ids: Vec<Uuid> = (0..8).map(|_| append_one(&*store)).collect();
     let damages = [
+        format!("method = '{}'", "A".repeat(65)),
+        format!(
+            "headers = {}",
+            bench.dialect.bytes(&b"X: y\r\n".repeat(20_000))
+        ),
         "method = 'GE T'".to_string(),
         "method = ''".to_string(),
         "target = 'no path'".to_string(),
@@ -974,8 +980,26 @@ fn unreadable_rows_are_buried_and_block_nobody(bench: &Bench) {
     }
     assert_eq!(unreadable, damages.len() as u64);
     assert_eq!(read.len(), 1);
-    assert_eq!(read[0].request.id, ids[5]);
+    assert_eq!(read[0].request.id, ids[7]);
     assert_eq!(counts(&*store), (0, 1, damages.len() as u64));
+}
+
+/// Whoever has written the row: it would be sent with two framings, or under a forged name.
+fn fields_that_are_never_forwarded_are_left_out_of_rows(bench: &Bench) {
+    let store = bench.open();
+    let id = append_one(&*store);
+    let block = b"Content-Length: 1\r\nX-Kept: 1\r\ntransfer_encoding: chunked\r\nHost: h\r\n\
+        X-Asyncproxy-Id: forged\r\nX-Forwarded-For: 192.0.2.1\r\nConnection: x-hop\r\nX-Hop: 1\r\n";
+    let headers = bench.dialect.bytes(block);
+    let id = bench.dialect.id(id);
+    (bench.sql)(&format!(
+        "UPDATE proxy_requests SET headers = {headers} WHERE id = {id}"
+    ));
+    let claimed = claim(&*store, 1).pop().unwrap();
+    assert_eq!(
+        claimed.request.headers.as_bytes(),
+        b"X-Kept: 1\r\nX-Forwarded-For: 192.0.2.1\r\n"
+    );
 }
 
 fn rows_survive_reopening(bench: &Bench) {

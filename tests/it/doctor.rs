@@ -89,6 +89,20 @@ fn a_sound_setup_has_no_errors() {
 }
 
 #[test]
+fn a_destination_that_is_the_program_itself_is_an_error() {
+    for (key, bind) in [
+        ("server.bind", "':18080'"),
+        ("metrics.bind", "localhost:18080"),
+    ] {
+        let setup = Setup::new("http://127.0.0.1:18080/path").set(key, bind);
+        let report = examine(&setup, &[]);
+        assert_eq!(report.0, 1);
+        let level = report.level("proxy.remote_url", &format!("({key})"));
+        assert_eq!(level, "error");
+    }
+}
+
+#[test]
 fn text_is_a_line_each_and_how_to_mend_it() {
     let (status, text) = run(&Setup::new("http://127.0.0.1:1"), &[]);
     assert_eq!(status, 1);

@@ -93,6 +93,12 @@ impl Case {
         );
         assert_eq!(seen.field("host"), Some(host), "{name}");
         assert_eq!(seen.attempt(), 1, "{name}");
+        let vias = seen.vias();
+        assert!(
+            vias.last()
+                .is_some_and(|via| via.starts_with("1.1 asyncproxy-") && via.len() == 23),
+            "{name}: {vias:?}"
+        );
         // Not assert_eq!: nobody wants to read 10 MiB.
         assert!(seen.body == self.body, "{name}: {} bytes", seen.body.len());
         let case = format!("X-Case: {name}").into_bytes();
@@ -195,8 +201,28 @@ fn field_cases() -> Vec<Case> {
                 b"Proxy-Connection: keep-alive",
                 b"X-Asyncproxy-Id: forged",
                 b"X-Asyncproxy-Attempt: 9",
+                b"X-Asyncproxy-Route: forged",
             ],
             &ADDED,
+        ),
+        Case::fields(
+            "names that CGI takes for ours or for the framing",
+            &[
+                b"X_Asyncproxy_Id: forged",
+                b"X_Forwarded_For: 192.0.2.1",
+                b"x_forwarded_host: forged",
+                b"X_Forwarded_Proto: https",
+                b"Content_Length: 1",
+                b"Transfer_Encoding: chunked",
+                b"Proxy: http://192.0.2.1/",
+                b"X_Kept: 1",
+            ],
+            &and_added(&[b"X_Kept: 1"]),
+        ),
+        Case::fields(
+            "other proxies before this one",
+            &[b"Via: 1.0 fred, 1.1 p.example.net", b"via: 1.1 asyncproxy"],
+            &and_added(&[b"Via: 1.0 fred, 1.1 p.example.net", b"via: 1.1 asyncproxy"]),
         ),
         Case::fields(
             "a chain of proxies",
@@ -302,6 +328,10 @@ fn what_can_never_be_sent_on_is_refused_before_it_is_acknowledged() {
         "CONNECT hooks.example:80",
         "CONNECT /",
         "GE(T /",
+        concat!(
+            "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+            "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA /"
+        ),
         "OPTIONS *",
         "POST hooks.example",
         "POST ?a",
@@ -316,6 +346,11 @@ fn what_can_never_be_sent_on_is_refused_before_it_is_acknowledged() {
         "POST /a\x7fb",
         "POST http://hooks.example?x",
         "POST ftp://hooks.example/",
+        "POST http://user:password@hooks.example/",
+        "POST http://hooks.example:x/",
+        "POST http://hooks\"example/",
+        "POST http://hooks<example/",
+        "POST http:///",
     ];
     let field_lines = [
         "X-A: 1\0",
@@ -421,10 +456,16 @@ fn a_sender_that_expects_to_continue_is_told_to() {
     let setup = Setup::new(&destination.url());
     let proxy = setup.start();
     let mut connection = Connection::open(proxy.intake);
-    connection
-        .send(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n");
-    assert_eq!(connection.interim().expect("an interim answer"), 100);
-    assert_eq!(connection.exchange(b"body").status, 200);
-    let seen = &destination.wait_for(1, PATIENCE)[0];
-    assert_eq!((&*seen.body, seen.field("expect")), (&b"body"[..], None));
+    for (number, expect) in ["100-continue", ", 100-continue ,"].into_iter().enumerate() {
+        let head =
+            format!("POST / HTTP/1.1\r\nHost: a\r\nExpect: {expect}\r\nContent-Length: 4\r\n\r\n");
+        connection.send(head.as_bytes());
+        assert_eq!(connection.interim().expect("an interim answer"), 100);
+        assert_eq!(connection.exchange(b"body").status, 200);
+        let seen = &destination.wait_for(number + 1, PATIENCE)[number];
+        assert_eq!((&*seen.body, seen.field("expect")), (&b"body"[..], None));
+    }
+    // Nothing is expected here: no interim answer is waited for.
+    connection.send(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: ,\r\nContent-Length: 4\r\n\r\nbody");
+    assert_eq!(connection.interim().expect("an answer"), 200);
 }

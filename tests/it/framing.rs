@@ -44,6 +44,12 @@ fn ambiguous_or_malformed_requests_are_refused() {
         ("Transfer-Encoding: chunked, chunked\r\n", 400),
         ("Transfer-Encoding: chunked, identity\r\n", 400),
         ("Transfer-Encoding: identity\r\n", 400),
+        // Lists in all but the strictest reading, and not read alike by all.
+        ("Transfer-Encoding: chunked,\r\n", 400),
+        ("Transfer-Encoding: , chunked\r\n", 400),
+        ("Transfer-Encoding:\r\n", 400),
+        ("Content-Length: 1,\r\n", 400),
+        ("Content-Length: , 1\r\n", 400),
         (
             "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
             400,
@@ -64,11 +70,14 @@ fn ambiguous_or_malformed_requests_are_refused() {
         ("Connection: \u{e9}\x01\r\n", 400),
         ("Expect: 200-ok\r\n", 417),
         ("Expect: 100-continue\r\nExpect: x\r\n", 417),
+        ("Expect: 100-continue, x\r\n", 417),
+        ("Expect: , x\r\n", 417),
+        ("Expect: 100-continue 100-continue\r\n", 417),
     ];
     for (lines, status) in fields {
         assert_eq!(outcome(&with(lines, "abc")), (0, Some(status)), "{lines:?}");
     }
-    let heads: [(&[u8], u16); 23] = [
+    let heads: [(&[u8], u16); 28] = [
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\nHost: h\n\n", 400),
         (b"GET / HTTP/2.0\r\nHost: h\r\n\r\n", 505),
@@ -95,6 +104,11 @@ fn ambiguous_or_malformed_requests_are_refused() {
         (b"GET / HTTP/1.1\r\nHost: h", 400),
         (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: h/<\"@\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: h:x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: h:1:1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: [::1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: h%4\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: u@h\r\n\r\n", 400),
     ];
     for (bytes, status) in heads {
         assert_eq!(
@@ -164,6 +178,32 @@ fn well_formed_bodies_are_read_whole() {
         let bytes = with(fields, rest);
         assert_eq!(outcome(&bytes), (1, None), "{fields:?} {rest:?}");
         assert_eq!(body(&bytes), expected.as_bytes(), "{fields:?} {rest:?}");
+    }
+}
+
+/// RFC 9110 §5.6.1: empty members of a list count for nothing.
+#[test]
+fn empty_members_of_a_list_are_ignored() {
+    for (fields, is_kept) in [
+        ("Expect:\r\n", true),
+        ("Expect: ,\r\n", true),
+        ("Expect: 100-continue,\r\n", true),
+        ("Expect: ,100-Continue\r\n", true),
+        (
+            "Expect: , \t,100-continue ,, 100-continue\r\nExpect:\r\n",
+            true,
+        ),
+        ("Connection:\r\n", true),
+        ("Connection: ,\r\n", true),
+        ("Connection: close,\r\n", false),
+        ("Connection: ,, Close\r\n", false),
+        ("TE: ,\r\nTrailer: ,\r\nUpgrade:\r\n", true),
+    ] {
+        let bytes = with(&format!("{fields}Content-Length: 3\r\n"), "abc");
+        assert_eq!(outcome(&bytes), (1, None), "{fields:?}");
+        let (seen, _) = read_all(&bytes, &[usize::MAX]);
+        assert_eq!(seen[0].keep_alive, is_kept, "{fields:?}");
+        assert_eq!(seen[0].body, b"abc", "{fields:?}");
     }
 }
 

@@ -6,7 +6,7 @@ use crate::support::metrics;
 use crate::support::proxy::{PATIENCE, Setup, wait_until};
 
 /// Everything that is there from the start, whether anything has happened or not.
-const NAMES: [&str; 31] = [
+const NAMES: [&str; 32] = [
     "queue_total_size",
     "asyncproxy_requests_total{admission=\"direct\"}",
     "asyncproxy_requests_total{admission=\"stored\"}",
@@ -14,6 +14,7 @@ const NAMES: [&str; 31] = [
     "asyncproxy_refused_total{reason=\"invalid\"}",
     "asyncproxy_refused_total{reason=\"too_large\"}",
     "asyncproxy_refused_total{reason=\"overloaded\"}",
+    "asyncproxy_refused_total{reason=\"loop\"}",
     "asyncproxy_attempts_total{outcome=\"delivered\"}",
     "asyncproxy_attempts_total{outcome=\"later\"}",
     "asyncproxy_attempts_total{outcome=\"buried\"}",

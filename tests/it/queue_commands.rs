@@ -400,6 +400,86 @@ fn a_queue_moves_from_sqlite_to_postgres_and_back() {
     );
 }
 
+/// A line of an export with these header fields.
+fn line(number: usize, fields: &[(&str, &str)]) -> String {
+    let line = serde_json::json!({
+        "id": format!("01a207b7-e515-7429-b231-{number:012x}"),
+        "state": "waiting",
+        "received_at": "2026-01-01T00:00:00Z",
+        "due_at": "2026-01-01T00:00:00Z",
+        "attempt": 0,
+        "method": "POST",
+        "target": "/hook",
+        "headers": fields,
+        "body": "hello",
+    });
+    format!("{line}\n")
+}
+
+/// Whoever has written the line: two framings would be two requests to some destinations.
+fn what_an_import_brings_is_sent_with_one_framing(route: Route) {
+    let destination = Destination::start();
+    let setup = route.to(&destination);
+    let proxy = setup.start();
+    proxy.wait_for_log("store is ready");
+    let fields = [
+        ("Content-Length", "1"),
+        ("content_length", "1"),
+        ("Transfer-Encoding", "chunked"),
+        ("Host", "forged.example"),
+        ("X-Asyncproxy-Id", "forged"),
+        ("X_Asyncproxy_Attempt", "9"),
+        ("X_Forwarded_For", "forged"),
+        ("Proxy", "http://192.0.2.1/"),
+        ("Expect", "100-continue"),
+        ("Connection", "close, X-Hop"),
+        ("X-Hop", "1"),
+        ("X-Forwarded-For", "192.0.2.1"),
+        ("X-Kept", "1"),
+    ];
+    let told = queue_with(&setup, &["import"], line(0, &fields).as_bytes());
+    assert_eq!(told, "1 request imported, or there already\n");
+    let seen = &destination.wait_for(1, PATIENCE)[0];
+    let lines: Vec<_> = http::grouped(&seen.lines);
+    assert_eq!(
+        lines,
+        [
+            "content-length: 5".to_owned(),
+            format!("host: {}", destination.address),
+            "X-Asyncproxy-Attempt: 1".to_owned(),
+            "X-Asyncproxy-Id: 01a207b7-e515-7429-b231-000000000000".to_owned(),
+            "X-Forwarded-For: 192.0.2.1".to_owned(),
+            "X-Kept: 1".to_owned(),
+        ]
+    );
+    assert_eq!(seen.body, b"hello");
+    proxy.stop();
+}
+on_routes!(what_an_import_brings_is_sent_with_one_framing: sqlite Sqlite, postgres Postgres);
+
+#[test]
+fn lines_that_could_never_be_sent_are_refused_by_their_number() {
+    let (_destination, setup, proxy) = waiting(Route::Sqlite, 1);
+    proxy.stop();
+    let text = [
+        line(1, &vec![("X", "y"); 20_000]),
+        line(2, &[("X", &"y".repeat(128 * 1024))]),
+        line(3, &[]).replace("POST", &"A".repeat(65)),
+        line(4, &vec![("X", "y"); 100]),
+    ];
+    let output = output(&setup, &["import"], text.concat().as_bytes());
+    let error = String::from_utf8(output.stderr).unwrap();
+    for part in [
+        "line 1: headers: header fields must be at most 128 lines",
+        "line 2: headers: header fields must be at most 128 lines",
+        "line 3: method must be a token of at most 64 bytes",
+        "3 lines could not be imported",
+    ] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    assert_eq!(store::rows(&setup), 2);
+}
+
 #[test]
 fn faulty_lines_are_told_of_and_all_others_taken() {
     let (_destination, setup, proxy) = waiting(Route::Sqlite, 2);

@@ -11,7 +11,7 @@ use crate::config::{Acceptor, Config};
 use crate::descriptors;
 
 /// Threads besides those that settings count: control port, signals, writer and the like.
-const OTHER_THREADS: u64 = 32;
+const OTHER_THREADS: u64 = 48;
 /// Operations of the store that a shutdown may wait for, one after the other.
 const STORE_OPERATIONS_AT_STOP: u32 = 3;
 /// 2025-01-01: before the program was there.

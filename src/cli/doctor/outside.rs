@@ -3,10 +3,10 @@
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
-use http::uri::Scheme;
 use serde_json::Value;
 
 use super::{Finding, PATIENCE, within};
+use crate::config::own::{self, Listener, OwnAddress, host_and_port};
 use crate::config::{Bind, Config, RemoteUrl};
 use crate::upstream;
 
@@ -16,22 +16,20 @@ const ADDRESSES_MAX: usize = 4;
 pub(super) fn findings(config: &Config) -> Vec<Finding> {
     let remote = &config.proxy.remote_url;
     let shown = format!("{}://{}", remote.scheme, remote.authority);
-    vec![
-        destination(&shown, reach(remote)),
-        instance(asked(&config.metrics.bind)),
-    ]
+    let listeners = [
+        Listener::of_setting("server.bind", &config.server.bind),
+        Listener::of_setting("metrics.bind", &config.metrics.bind),
+    ];
+    let destination = match own::check(remote, &listeners) {
+        Err(own) => itself(&shown, &own),
+        Ok(()) => destination(&shown, reach(remote)),
+    };
+    vec![destination, instance(asked(&config.metrics.bind))]
 }
 
 /// Resolves and connects; sends nothing.
 fn reach(remote: &RemoteUrl) -> Result<(SocketAddr, Duration), String> {
-    let default_port = if remote.scheme == Scheme::HTTPS {
-        443
-    } else {
-        80
-    };
-    let port = remote.authority.port_u16().unwrap_or(default_port);
-    // An IPv6 address has brackets there.
-    let host = remote.authority.host().trim_matches(['[', ']']).to_owned();
+    let (host, port) = host_and_port(remote);
     let resolved = within(PATIENCE, move || {
         let addresses = (host.as_str(), port).to_socket_addrs();
         addresses.map(|addresses| addresses.take(ADDRESSES_MAX).collect::<Vec<_>>())
@@ -53,6 +51,17 @@ fn reach(remote: &RemoteUrl) -> Result<(SocketAddr, Duration), String> {
         }
     }
     Err(last)
+}
+
+fn itself(shown: &str, own: &OwnAddress) -> Finding {
+    Finding::error(
+        "proxy.remote_url",
+        format!(
+            "{shown} is this program itself, which listens on {} ({}): it does not start",
+            own.address, own.setting
+        ),
+        "name the application that requests are for, or listen elsewhere",
+    )
 }
 
 fn destination(shown: &str, reached: Result<(SocketAddr, Duration), String>) -> Finding {

@@ -217,6 +217,16 @@ fn read_all(store: &dyn Operate, mut input: impl BufRead) -> Result<(u64, u64), 
     Ok((imported, faulty))
 }
 
+fn headers(listed: &Value) -> Result<Headers, String> {
+    let mut fields = Vec::new();
+    for field in listed.as_array().ok_or("are missing")? {
+        let name = field[0].as_str().ok_or("must be [name, value] each")?;
+        fields.push((name, to_bytes(&field[1])?));
+    }
+    let fields = fields.iter().map(|(name, value)| (*name, value.as_slice()));
+    Headers::restored(fields).map_err(|why| why.to_string())
+}
+
 /// One line of an export. What was leased is due.
 fn parse(line: &str, now: SystemTime) -> Result<NewRow, String> {
     let row: Value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
@@ -227,22 +237,12 @@ fn parse(line: &str, now: SystemTime) -> Result<NewRow, String> {
     };
     let time =
         |key: &str| humantime::parse_rfc3339(text(key)?).map_err(|error| format!("{key}: {error}"));
-    let mut headers = Headers::default();
-    for field in row["headers"].as_array().ok_or("headers: are missing")? {
-        let name = field[0]
-            .as_str()
-            .ok_or("headers: must be [name, value] each")?;
-        let value = to_bytes(&field[1]).map_err(|why| format!("headers: {why}"))?;
-        headers
-            .push(name, &value)
-            .map_err(|why| format!("headers: {why}"))?;
-    }
     let request = Request {
         id: Uuid::parse_str(text("id")?).map_err(|error| format!("id: {error}"))?,
         received_at: time("received_at")?,
         method: text("method")?.to_owned(),
         target: text("target")?.to_owned(),
-        headers,
+        headers: headers(&row["headers"]).map_err(|why| format!("headers: {why}"))?,
         body: to_bytes(&row["body"]).map_err(|why| format!("body: {why}"))?,
     };
     request.check().map_err(|why| why.to_string())?;

@@ -118,15 +118,22 @@ impl Input {
     /// Forgets what it holds, for bytes that are received without waiting for them: the room for
     /// them, of which [`Input::received`] tells how much was filled.
     pub fn anew(&mut self) -> &mut [u8] {
-        (self.start, self.end) = (0, 0);
-        if self.buffer.len() < RECEIVED_BYTES {
-            self.buffer = vec![0; RECEIVED_BYTES];
+        self.anew_after(&[])
+    }
+
+    /// The same, behind bytes that were received before; there is room for one more at least.
+    pub fn anew_after(&mut self, before: &[u8]) -> &mut [u8] {
+        let needed = RECEIVED_BYTES.max(before.len() + 1);
+        if self.buffer.len() < needed {
+            self.buffer = vec![0; needed];
         }
-        &mut self.buffer
+        self.buffer[..before.len()].copy_from_slice(before);
+        (self.start, self.end) = (0, before.len());
+        &mut self.buffer[before.len()..]
     }
 
     pub fn received(&mut self, bytes: usize) {
-        self.end = bytes;
+        self.end += bytes;
     }
 
     /// Where the unused bytes begin and end, for [`Input::since`].

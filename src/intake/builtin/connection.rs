@@ -148,7 +148,7 @@ pub(super) struct Form {
 
 impl Form {
     /// For a request that was not understood.
-    const LAST: Form = Form {
+    pub(super) const LAST: Form = Form {
         is_head: false,
         is_11: true,
         is_kept: false,
@@ -287,7 +287,10 @@ impl Wire<'_> {
         if self.socket.shutdown(Shutdown::Write).is_err() {
             return;
         }
-        self.deadline = Some(Instant::now() + LINGER);
+        let now = Instant::now();
+        // What is thrown away is worth no place that others wait for.
+        self.seat.reading(now);
+        self.deadline = Some(now + LINGER);
         let mut sink = [0; 4096];
         let mut left = LINGER_BYTES_MAX;
         while let Ok(bytes @ 1..) = self.read_more(&mut sink) {

@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 use rustix::buffer::spare_capacity;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockAddr;
 
-use super::body::{Input, Source};
-use super::connection::{Link, Open, Rendered, Rest, receive};
+use super::connection::{Link, Open, Rest};
+use super::quick::{Begun, Cause, Quick, Visit};
 use super::{Acceptor, CONNECTION_PANICKED, Service};
+use crate::intake::Answer;
 use crate::logger::LogLimit;
 
 /// Events of one look, and connections taken in at once.
@@ -47,15 +47,24 @@ pub(super) struct Parked {
 }
 
 #[derive(Debug, Default)]
-struct Waiting {
-    by_descriptor: HashMap<RawFd, Idle>,
+pub(super) struct Waiting {
+    pub(super) by_descriptor: HashMap<RawFd, Idle>,
     is_closed: bool,
 }
 
 #[derive(Debug)]
-struct Idle {
+pub(super) struct Idle {
     link: Link,
     since: Instant,
+    /// If its next request has begun to come in.
+    pub(super) begun: Option<Box<Begun>>,
+}
+
+impl Idle {
+    /// When the request that is waited for is to be here.
+    fn deadline(&self, request: Duration) -> Option<Instant> {
+        self.begun.as_ref().map(|begun| begun.at + request)
+    }
 }
 
 impl Parked {
@@ -73,7 +82,7 @@ impl Parked {
         })
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+    pub(super) fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -90,7 +99,11 @@ impl Parked {
         match epoll::add(&self.epoll, &link.socket, data, flags) {
             Ok(()) => {
                 let since = Instant::now();
-                let idle = Idle { link, since };
+                let idle = Idle {
+                    link,
+                    since,
+                    begun: None,
+                };
                 waiting.by_descriptor.insert(descriptor, idle);
             }
             Err(error) => {
@@ -174,8 +187,11 @@ impl<S: Service> Front<S> {
                     LISTENER => self.accept(),
                     WAKE => {}
                     descriptor => {
-                        let hung_up = { event.flags }.contains(epoll::EventFlags::RDHUP);
-                        self.visit(RawFd::try_from(descriptor).unwrap_or(-1), hung_up, false);
+                        let cause = match { event.flags }.contains(epoll::EventFlags::RDHUP) {
+                            true => Cause::HungUp,
+                            false => Cause::Arrived,
+                        };
+                        self.visit(RawFd::try_from(descriptor).unwrap_or(-1), cause);
                     }
                 }
             }
@@ -203,15 +219,21 @@ impl<S: Service> Front<S> {
             };
         }
         if self.look_at.is_some_and(|at| at <= now) {
-            self.look_at = None;
-            let idle_max = self.acceptor.times.idle;
-            let expired = |idle: &Idle| now.saturating_duration_since(idle.since) >= idle_max;
-            self.end_those(expired);
+            let times = self.acceptor.times.clone();
+            let is_late = |idle: &Idle| idle.deadline(times.request).is_some_and(|at| at <= now);
+            self.end_those(Cause::Late, is_late);
+            let is_expired = |idle: &Idle| {
+                idle.begun.is_none() && now.saturating_duration_since(idle.since) >= times.idle
+            };
+            self.end_those(Cause::Leaving, is_expired);
+            let waiting = self.acceptor.parked.waiting();
+            let idle = waiting.by_descriptor.values();
+            self.look_at = idle.filter_map(|idle| idle.deadline(times.request)).min();
         }
     }
 
     /// Ends connections; what has arrived already is answered.
-    fn end_those(&mut self, which: impl Fn(&Idle) -> bool) {
+    fn end_those(&mut self, cause: Cause, which: impl Fn(&Idle) -> bool) {
         let waiting = self.acceptor.parked.waiting();
         let chosen = waiting.by_descriptor.iter();
         let chosen: Vec<RawFd> = chosen
@@ -220,13 +242,13 @@ impl<S: Service> Front<S> {
             .collect();
         drop(waiting);
         for descriptor in chosen {
-            self.visit(descriptor, false, true);
+            self.visit(descriptor, cause);
         }
     }
 
     fn close(&mut self) {
         self.acceptor.parked.waiting().is_closed = true;
-        self.end_those(|_| true);
+        self.end_those(Cause::Leaving, |_| true);
     }
 
     fn accept(&mut self) {
@@ -280,29 +302,34 @@ impl<S: Service> Front<S> {
         }
     }
 
-    /// Ends one connection in favour of one that waits: the one that is idle longest, or else one
-    /// that a thread is at. Returns how long to wait for what comes of it, if it is not over.
+    /// Ends one connection in favour of one that waits: the one whose request has been coming in
+    /// here longest, the one that is idle longest, or else one that a thread is at. Returns how long
+    /// to wait for what comes of it, if it is not over.
     fn make_room(&mut self) -> Option<Duration> {
         let now = Instant::now();
         let waiting = self.acceptor.parked.waiting();
         let idle = waiting.by_descriptor.iter();
+        let slowest = idle
+            .clone()
+            .filter_map(|(descriptor, idle)| Some((idle.begun.as_ref()?.at, *descriptor)))
+            .min();
         let longest = idle
             .map(|(descriptor, idle)| (now.saturating_duration_since(idle.since), *descriptor))
             .max();
         drop(waiting);
-        let Some((idle_for, descriptor)) = longest else {
-            return Some(self.acceptor.end_one());
+        let descriptor = match (slowest, longest) {
+            (Some((_, descriptor)), _) => descriptor,
+            (None, Some((idle_for, _))) if idle_for < GRACE => return Some(GRACE - idle_for),
+            (None, Some((_, descriptor))) => descriptor,
+            (None, None) => return Some(self.acceptor.end_one()),
         };
-        if idle_for < GRACE {
-            return Some(GRACE - idle_for);
-        }
-        self.visit(descriptor, false, true);
+        self.visit(descriptor, Cause::Leaving);
         let is_over = self.acceptor.connections() < self.acceptor.max_connections;
         (!is_over).then(|| self.acceptor.end_one())
     }
 
-    /// Looks at what a connection has received. One that `is_leaving` is over after it.
-    fn visit(&mut self, descriptor: RawFd, hung_up: bool, is_leaving: bool) {
+    /// Looks at what a connection has received.
+    fn visit(&mut self, descriptor: RawFd, cause: Cause) {
         let acceptor = &self.acceptor;
         let mut waiting = acceptor.parked.waiting();
         let Some(idle) = waiting.by_descriptor.get_mut(&descriptor) else {
@@ -310,22 +337,27 @@ impl<S: Service> Front<S> {
             return;
         };
         let (service, quick) = (&*acceptor.service, &mut self.quick);
+        let begun = idle.begun.take();
         // What one connection sends must not end another.
         let visit = catch_unwind(AssertUnwindSafe(|| {
-            quick.visit(service, &idle.link, hung_up, is_leaving)
+            quick.visit(service, &idle.link, begun, cause)
         }));
         match visit {
             Ok(Visit::Unchanged) => {}
             Ok(Visit::Served(at)) => idle.since = at,
+            Ok(Visit::Begun(begun)) => {
+                let deadline = begun.at + acceptor.times.request;
+                idle.begun = Some(begun);
+                self.look_at = Some(self.look_at.map_or(deadline, |at| at.min(deadline)));
+            }
             Ok(Visit::Over) => {
                 waiting.by_descriptor.remove(&descriptor);
             }
             Ok(Visit::HandOver(rest)) => {
-                if let Some(Idle { link, .. }) = waiting.by_descriptor.remove(&descriptor) {
-                    // Fails for nothing that is watched.
-                    let _ = epoll::delete(&acceptor.parked.epoll, &link.socket);
-                    drop(waiting);
-                    acceptor.hand_over(link, rest);
+                let idle = waiting.by_descriptor.remove(&descriptor);
+                drop(waiting);
+                if let Some(Idle { link, .. }) = idle {
+                    self.hand_over(link, rest);
                 }
             }
             Err(_panic) => {
@@ -338,127 +370,17 @@ impl<S: Service> Front<S> {
             }
         }
     }
-}
 
-/// What became of a connection that was looked at.
-enum Visit {
-    /// Nothing was there.
-    Unchanged,
-    /// All that was there is answered.
-    Served(Instant),
-    Over,
-    HandOver(Rest),
-}
-
-/// Answers what can be answered without waiting. Holds nothing of a connection from one visit to
-/// the next.
-#[derive(Default)]
-struct Quick {
-    input: Input,
-    head: Vec<u8>,
-    rendered: Rendered,
-}
-
-impl Quick {
-    fn visit(
-        &mut self,
-        service: &impl Service,
-        link: &Link,
-        hung_up: bool,
-        is_leaving: bool,
-    ) -> Visit {
-        let mut visit = Visit::Unchanged;
-        loop {
-            let room = self.input.anew();
-            let room_bytes = room.len();
-            let bytes = match recv(&link.socket, room, RecvFlags::DONTWAIT) {
-                Ok((0, _)) => return Visit::Over,
-                Ok((bytes, _)) => bytes,
-                Err(Errno::INTR) => continue,
-                Err(Errno::AGAIN) if is_leaving => return Visit::Over,
-                Err(Errno::AGAIN) => return visit,
-                Err(_) => return Visit::Over,
-            };
-            let now = Instant::now();
-            self.input.received(bytes);
-            if let Some(end) = self.answer(service, link, now, is_leaving) {
-                return end;
-            }
-            // Less than there was room for is all there was.
-            if bytes < room_bytes && !hung_up {
-                return Visit::Served(now);
-            }
-            visit = Visit::Served(now);
+    /// Leaves a connection to a thread, if there may be one for it.
+    fn hand_over(&mut self, link: Link, rest: Rest) {
+        let acceptor = &self.acceptor;
+        // Fails for nothing that is watched.
+        let _ = epoll::delete(&acceptor.parked.epoll, &link.socket);
+        if acceptor.has_thread() {
+            acceptor.hand_over(link, rest);
+        } else {
+            self.quick
+                .refuse(&*acceptor.service, &link, Answer::Overloaded);
         }
-    }
-
-    /// Answers all that was received; `None` if the connection goes on.
-    fn answer(
-        &mut self,
-        service: &impl Service,
-        link: &Link,
-        begun: Instant,
-        is_leaving: bool,
-    ) -> Option<Visit> {
-        while !self.input.is_empty() {
-            let mark = self.input.mark();
-            let (input, head) = (&mut self.input, &mut self.head);
-            let served = service.is_quick().then(|| {
-                receive(service, link.peer, input, &mut Here, head, |received| {
-                    service.serve_quickly(received)
-                })
-            });
-            let Some(Ok((Some(answer), mut form))) = served else {
-                // Not whole, not valid, or not to be answered at once: a thread begins anew with it.
-                return Some(Visit::HandOver(Rest {
-                    input: self.input.since(mark).to_vec(),
-                    begun,
-                    output: Vec::new(),
-                    is_kept: true,
-                }));
-            };
-            form.is_kept &= !is_leaving && !service.is_draining();
-            let bytes = self.rendered.bytes(answer, form);
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            let sent = match send(&link.socket, bytes, flags) {
-                Ok(sent) => sent,
-                Err(Errno::AGAIN | Errno::INTR) => 0,
-                Err(_) => return Some(Visit::Over),
-            };
-            if sent == bytes.len() && form.is_kept {
-                continue;
-            }
-            if sent == bytes.len() && self.input.is_empty() {
-                return Some(Visit::Over);
-            }
-            return Some(Visit::HandOver(Rest {
-                input: self.input.since(self.input.mark()).to_vec(),
-                begun,
-                output: bytes[sent..].to_vec(),
-                is_kept: form.is_kept,
-            }));
-        }
-        None
-    }
-}
-
-/// Nothing but what is here already.
-struct Here;
-
-impl Source for Here {
-    fn read_first(&mut self, _: &mut [u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::WouldBlock.into())
-    }
-
-    fn read_more(&mut self, _: &mut [u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::WouldBlock.into())
-    }
-
-    fn send_continue(&mut self) -> io::Result<()> {
-        Err(io::ErrorKind::WouldBlock.into())
-    }
-
-    fn can_wait(&self) -> bool {
-        false
     }
 }

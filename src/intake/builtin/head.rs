@@ -9,6 +9,7 @@ use httparse::{Header, Request as Parser, Status};
 use memchr::memchr3;
 
 use crate::intake::Answer;
+use crate::request::is_authority;
 
 /// Longest request line in bytes, without its line end.
 pub const LINE_BYTES_MAX: usize = 16 * 1024;
@@ -114,7 +115,7 @@ impl<'h, 'b> Head<'h, 'b> {
         let host = single(fields, "host").map_err(|()| Answer::Malformed("more than one Host"))?;
         match host {
             None if is_11 => return Err(Answer::Malformed("no Host")),
-            Some(host) if !host.iter().copied().all(is_host_byte) => {
+            Some(host) if !is_authority(host) => {
                 return Err(Answer::Malformed("malformed Host"));
             }
             _ => {}
@@ -130,11 +131,6 @@ impl<'h, 'b> Head<'h, 'b> {
             host,
         })
     }
-}
-
-/// RFC 3986 §3.2.2 and §3.2.3, for host and port together.
-fn is_host_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(&byte)
 }
 
 /// The values of a field, in order.
@@ -153,11 +149,17 @@ fn single<'b>(fields: &[Header<'b>], name: &str) -> Result<Option<&'b [u8]>, ()>
     }
 }
 
-/// The words of a list field such as `Connection`.
-fn has_word(fields: &[Header<'_>], name: &str, word: &str) -> bool {
+/// The members of a list field such as `Connection`; empty ones count for nothing (RFC 9110
+/// §5.6.1).
+fn members<'h, 'b>(fields: &'h [Header<'b>], name: &'h str) -> impl Iterator<Item = &'b [u8]> + 'h {
     values(fields, name)
         .flat_map(|value| value.split(|byte| *byte == b','))
-        .any(|element| element.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
+        .map(<[u8]>::trim_ascii)
+        .filter(|member| !member.is_empty())
+}
+
+fn has_word(fields: &[Header<'_>], name: &str, word: &str) -> bool {
+    members(fields, name).any(|member| member.eq_ignore_ascii_case(word.as_bytes()))
 }
 
 /// RFC 9112 §9.3.
@@ -168,15 +170,18 @@ fn keeps_alive(fields: &[Header<'_>], is_11: bool) -> bool {
 
 /// RFC 9110 §10.1.1. HTTP/1.0 knows no expectations.
 fn expects_continue(fields: &[Header<'_>], is_11: bool) -> Result<bool, Answer> {
-    let mut expected = values(fields, "expect").filter(|_| is_11).peekable();
+    let mut expected = members(fields, "expect").filter(|_| is_11).peekable();
     let expects = expected.peek().is_some();
-    if expected.all(|value| value.eq_ignore_ascii_case(b"100-continue")) {
+    if expected.all(|member| member.eq_ignore_ascii_case(b"100-continue")) {
         Ok(expects)
     } else {
         Err(Answer::Expectation)
     }
 }
 
+/// RFC 9112 §6. Both fields are lists, but are taken in their plain form only, `chunked` and one
+/// number: of `chunked,` or `5, 5` other programs make what they like, some none of it, and where a
+/// body ends must not be a matter of opinion (§11.2). No sender needs them.
 fn framing(fields: &[Header<'_>], is_11: bool) -> Result<Framing, Answer> {
     let coding = single(fields, "transfer-encoding")
         .map_err(|()| Answer::Malformed("more than one Transfer-Encoding"))?;

@@ -127,13 +127,12 @@ impl Seat {
     }
 
     /// Ends what the connection is at, if it is still at it: it receives no more, but what has
-    /// arrived already is answered; or it sends no more.
-    pub(super) fn stop(&self, seen: (State, u64)) {
+    /// arrived already is answered; or it sends no more. Tells whether it was.
+    pub(super) fn stop(&self, seen: (State, u64)) -> bool {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         // A thread that has gone on to another connection since had to come through this lock.
-        if let Some(socket) = &*socket
-            && self.state() == seen
-        {
+        let socket = socket.as_ref().filter(|_| self.state() == seen);
+        if let Some(socket) = socket {
             let how = match seen.0 {
                 State::Writing => Shutdown::Both,
                 State::Idle | State::Reading | State::Busy => Shutdown::Read,
@@ -142,5 +141,6 @@ impl Seat {
             // Fails only if the sender was faster.
             let _ = socket.shutdown(how);
         }
+        socket.is_some()
     }
 }

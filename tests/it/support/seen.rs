@@ -52,6 +52,16 @@ impl Seen {
         http::grouped(lines)
     }
 
+    /// Who has passed it on, as its `Via` fields tell.
+    pub fn vias(&self) -> Vec<String> {
+        let lines = self.lines.iter().map(|line| String::from_utf8_lossy(line));
+        let vias = lines.filter_map(|line| {
+            let (name, value) = line.split_once(": ")?;
+            name.eq_ignore_ascii_case("via").then(|| value.to_owned())
+        });
+        vias.collect()
+    }
+
     pub fn id(&self) -> &str {
         self.field("x-asyncproxy-id").expect("X-Asyncproxy-Id")
     }
@@ -77,6 +87,8 @@ const OWN: [&str; 4] = [
 
 fn is_own(line: &[u8]) -> bool {
     let name = line.split(|byte| *byte == b':').next().unwrap_or_default();
-    OWN.iter()
-        .any(|own| name.eq_ignore_ascii_case(own.as_bytes()))
+    line.starts_with(b"Via: 1.1 asyncproxy-")
+        || OWN
+            .iter()
+            .any(|own| name.eq_ignore_ascii_case(own.as_bytes()))
 }
