@@ -302,3 +302,6 @@ fn describe(error: &ureq::Error) -> String {
         other => other.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -53,12 +53,15 @@ pub(super) fn exchange(
         deadline,
         sent: 0,
         is_heard: false,
+        is_early: false,
         has_surplus: false,
     };
     let sent = exchange.send(message);
-    match sent.and_then(|is_whole| exchange.await_answer().map(|answer| (is_whole, answer))) {
-        Ok((is_whole, answer)) => Ok(Answered {
-            is_reusable: exchange.finish(is_whole, answer.status),
+    let is_whole = matches!(sent, Ok(true));
+    let answered = sent.and_then(|_| exchange.await_answer());
+    let result = match answered {
+        Ok(answer) => Ok(Answered {
+            is_reusable: exchange.finish(is_whole, &answer),
             answer,
         }),
         Err(error) => Err(Unanswered {
@@ -66,7 +69,11 @@ pub(super) fn exchange(
             is_sent: exchange.sent > 0,
             is_heard: exchange.is_heard,
         }),
+    };
+    if !is_whole {
+        line.socket().abandon();
     }
+    result
 }
 
 struct Exchange<'a> {
@@ -76,6 +83,8 @@ struct Exchange<'a> {
     /// Bytes of the request that the connection has taken.
     sent: usize,
     is_heard: bool,
+    /// The answer began before all of the request was out.
+    is_early: bool,
     /// More has come than an answer.
     has_surplus: bool,
 }
@@ -110,6 +119,7 @@ impl Exchange<'_> {
                 (Some(answer), _) if !is_success(answer) => return Ok(false),
                 (Some(_), Ok(Input::End) | Err(_)) => return Ok(false),
                 (Some(_), _) => {
+                    self.is_early = true;
                     answered_at.get_or_insert_with(Instant::now);
                 }
                 (None, Ok(Input::End)) => return Err(closed()),
@@ -201,12 +211,18 @@ impl Exchange<'_> {
 
     /// Reads what little else the answer has to say; returns whether the connection can be kept.
     /// The status is the answer. A body that breaks off, or does not end, changes nothing but that.
-    fn finish(&mut self, is_whole: bool, status: u16) -> bool {
-        if !is_whole && !(200..300).contains(&status) {
+    fn finish(&mut self, is_whole: bool, answer: &Answer) -> bool {
+        if !is_whole && !is_success(answer) {
             return false;
         }
+        // Closing with something unread would take back what of the request is still on its way.
+        let bytes_max = if self.is_early {
+            usize::MAX
+        } else {
+            DRAIN_BYTES_MAX
+        };
         let deadline = earlier(self.deadline, Instant::now() + DRAIN_TIMEOUT);
-        while !self.reader.is_over() && self.reader.body_bytes() < DRAIN_BYTES_MAX {
+        while !self.reader.is_over() && self.reader.body_bytes() < bytes_max {
             if self.await_input(deadline, Timeout::RecvBody).is_err() {
                 return false;
             }

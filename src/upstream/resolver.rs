@@ -24,6 +24,8 @@ const AGAIN_AFTER: Duration = Duration::from_secs(3);
 const SUSPECT_AFTER: Duration = Duration::from_secs(1);
 /// Addresses that are older were in use by nobody: the next lookup is waited for.
 const STALE_AFTER: Duration = Duration::from_secs(5);
+/// A name that changes is followed within 5 seconds, of which 2 are for the lookup itself.
+const _: () = assert!(AGAIN_AFTER.as_secs() <= 3 && STALE_AFTER.as_secs() <= 5);
 /// How long a lookup is waited for while there are stale addresses.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How soon it is looked whether a lookup can be begun that could not.
@@ -46,6 +48,8 @@ struct Shared {
     lookup: Option<Box<Lookup>>,
     state: Mutex<State>,
     changed: Condvar,
+    /// Lookups under way, of all who share the bound.
+    lookups: &'static AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -81,22 +85,27 @@ impl fmt::Debug for CachingResolver {
 impl CachingResolver {
     pub(super) fn new(uri: &Uri) -> CachingResolver {
         match literal(uri) {
-            Some(address) => CachingResolver::with(None, Some(address)),
+            Some(address) => CachingResolver::with(&LOOKUPS, None, Some(address)),
             None => {
                 let uri = uri.clone();
-                CachingResolver::looking_up(move || resolve(&uri))
+                CachingResolver::looking_up(&LOOKUPS, move || resolve(&uri))
             }
         }
     }
 
-    /// Asks `lookup` instead of the system.
+    /// Asks `lookup`, of which [`LOOKUPS_MAX`] are under way at most, as `lookups` counts them.
     pub(super) fn looking_up(
+        lookups: &'static AtomicUsize,
         lookup: impl Fn() -> Result<ResolvedSocketAddrs, String> + Send + Sync + 'static,
     ) -> CachingResolver {
-        CachingResolver::with(Some(Box::new(lookup)), None)
+        CachingResolver::with(lookups, Some(Box::new(lookup)), None)
     }
 
-    fn with(lookup: Option<Box<Lookup>>, address: Option<SocketAddr>) -> CachingResolver {
+    fn with(
+        lookups: &'static AtomicUsize,
+        lookup: Option<Box<Lookup>>,
+        address: Option<SocketAddr>,
+    ) -> CachingResolver {
         CachingResolver(Arc::new(Shared {
             lookup,
             state: Mutex::new(State {
@@ -106,6 +115,7 @@ impl CachingResolver {
                 is_suspect: false,
             }),
             changed: Condvar::new(),
+            lookups,
         }))
     }
 
@@ -164,7 +174,8 @@ impl CachingResolver {
         }
         let one_more = |lookups| (lookups < LOOKUPS_MAX).then_some(lookups + 1);
         let order = Ordering::AcqRel;
-        if LOOKUPS
+        let lookups = self.0.lookups;
+        if lookups
             .fetch_update(order, Ordering::Acquire, one_more)
             .is_err()
         {
@@ -259,7 +270,7 @@ impl Ongoing {
 
 impl Drop for Ongoing {
     fn drop(&mut self) {
-        LOOKUPS.fetch_sub(1, Ordering::AcqRel);
+        self.shared.lookups.fetch_sub(1, Ordering::AcqRel);
         let result = std::mem::replace(&mut self.result, Err(String::new()));
         let state = self.shared.state.lock();
         state.unwrap_or_else(PoisonError::into_inner).end(result);
@@ -284,10 +295,231 @@ fn resolve(uri: &Uri) -> Result<ResolvedSocketAddrs, String> {
     resolved.map_err(|error| super::describe(&error))
 }
 
-fn addresses(from: impl IntoIterator<Item = SocketAddr>) -> ResolvedSocketAddrs {
+pub(super) fn addresses(from: impl IntoIterator<Item = SocketAddr>) -> ResolvedSocketAddrs {
     let mut addresses = DefaultResolver::default().empty();
     for address in from {
         addresses.push(address);
     }
     addresses
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    type Answers = Result<ResolvedSocketAddrs, String>;
+
+    /// A name server that answers when it is told to, and counts.
+    struct Server {
+        asked: Receiver<()>,
+        answers: Sender<Answers>,
+    }
+
+    fn server() -> (CachingResolver, Server) {
+        sharing(Box::leak(Box::default()))
+    }
+
+    fn sharing(lookups: &'static AtomicUsize) -> (CachingResolver, Server) {
+        let (ask, asked) = channel();
+        let (answers, answer) = channel::<Answers>();
+        let answer = Mutex::new(answer);
+        let resolver = CachingResolver::looking_up(lookups, move || {
+            ask.send(()).map_err(|error| error.to_string())?;
+            let answer = answer.lock().unwrap();
+            answer.recv().map_err(|error| error.to_string())?
+        });
+        (resolver, Server { asked, answers })
+    }
+
+    impl Server {
+        fn wait_until_asked(&self) {
+            self.asked.recv_timeout(MINUTE).unwrap();
+        }
+
+        fn answer(&self, port: u16) {
+            self.answers.send(Ok(addresses([at(port)]))).unwrap();
+        }
+    }
+
+    fn at(port: u16) -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, 1], port))
+    }
+
+    fn within(time: Duration) -> NextTimeout {
+        NextTimeout {
+            after: time.into(),
+            ..NextTimeout::default()
+        }
+    }
+
+    fn port(resolver: &CachingResolver) -> u16 {
+        resolver
+            .wait(within(MINUTE), |found| found[0].port())
+            .unwrap()
+    }
+
+    /// As if the last lookup had ended so much earlier.
+    fn age(resolver: &CachingResolver, by: Duration) {
+        let mut state = resolver.lock();
+        let ended = state.ended.as_mut().unwrap();
+        ended.at = ended.at.checked_sub(by).unwrap();
+    }
+
+    fn wait_for_end(resolver: &CachingResolver) {
+        let state = resolver.lock();
+        let looking = |state: &mut State| state.looking_since.is_some();
+        let waited = resolver
+            .0
+            .changed
+            .wait_timeout_while(state, MINUTE, looking);
+        assert!(!waited.unwrap().1.timed_out());
+    }
+
+    #[test]
+    fn all_who_wait_share_one_lookup() {
+        let (resolver, server) = server();
+        std::thread::scope(|scope| {
+            let waiting: Vec<_> = (0..50).map(|_| scope.spawn(|| port(&resolver))).collect();
+            server.wait_until_asked();
+            server.answer(1);
+            assert!(
+                waiting
+                    .into_iter()
+                    .all(|thread| thread.join().unwrap() == 1)
+            );
+        });
+        assert_eq!(port(&resolver), 1);
+        assert!(server.asked.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_lookup_that_hangs_is_waited_for_until_the_attempt_is_over_and_not_multiplied() {
+        let (resolver, server) = server();
+        std::thread::scope(|scope| {
+            for _ in 0..20 {
+                scope.spawn(|| {
+                    let waited = resolver.wait(within(Duration::from_millis(50)), |_| ());
+                    assert!(matches!(waited, Err(Error::Timeout(Timeout::Resolve))));
+                });
+            }
+        });
+        server.wait_until_asked();
+        assert!(server.asked.try_recv().is_err());
+        server.answer(1);
+        assert_eq!(port(&resolver), 1);
+    }
+
+    #[test]
+    fn while_the_name_is_in_use_nobody_waits_for_the_next_lookup() {
+        let (resolver, server) = server();
+        server.answer(1);
+        assert_eq!(port(&resolver), 1);
+        server.wait_until_asked();
+        age(&resolver, AGAIN_AFTER);
+        // It is under way, and nobody waits for it.
+        assert_eq!(port(&resolver), 1);
+        server.wait_until_asked();
+        assert_eq!(port(&resolver), 1);
+        server.answer(2);
+        wait_for_end(&resolver);
+        assert_eq!(port(&resolver), 2);
+        assert!(resolver.names(at(2), within(MINUTE)));
+        assert!(!resolver.names(at(1), within(MINUTE)));
+    }
+
+    #[test]
+    fn addresses_that_nobody_used_for_long_are_looked_up_first() {
+        let (resolver, server) = server();
+        server.answer(1);
+        assert_eq!(port(&resolver), 1);
+        age(&resolver, STALE_AFTER);
+        server.answer(2);
+        assert_eq!(port(&resolver), 2);
+        // But not for ever: then the old ones are better than none.
+        age(&resolver, STALE_AFTER);
+        assert_eq!(port(&resolver), 2);
+    }
+
+    #[test]
+    fn a_lookup_that_fails_keeps_the_old_addresses() {
+        let (resolver, server) = server();
+        server.answer(1);
+        assert_eq!(port(&resolver), 1);
+        for _ in 0..3 {
+            age(&resolver, AGAIN_AFTER);
+            server.answers.send(Err("no answer".into())).unwrap();
+            assert_eq!(port(&resolver), 1);
+            wait_for_end(&resolver);
+        }
+        resolver.suspect();
+        age(&resolver, SUSPECT_AFTER);
+        server.answer(2);
+        assert_eq!(port(&resolver), 1);
+        wait_for_end(&resolver);
+        assert_eq!(port(&resolver), 2);
+    }
+
+    #[test]
+    fn a_failure_is_shared_for_a_second() {
+        let (resolver, server) = server();
+        server.answers.send(Err("no such name".into())).unwrap();
+        for _ in 0..10 {
+            let failed = resolver.wait(within(MINUTE), |_| ()).unwrap_err();
+            assert_eq!(super::super::describe(&failed), "no such name");
+        }
+        server.wait_until_asked();
+        age(&resolver, SUSPECT_AFTER);
+        server.answer(1);
+        assert_eq!(port(&resolver), 1);
+        server.wait_until_asked();
+        assert!(server.asked.try_recv().is_err());
+    }
+
+    #[test]
+    fn lookups_that_hang_are_few_however_many_names_there_were() {
+        let lookups = Box::leak(Box::default());
+        let all: Vec<_> = (0..LOOKUPS_MAX + 2).map(|_| sharing(lookups)).collect();
+        for (resolver, _) in &all {
+            let waited = resolver.wait(within(Duration::from_millis(50)), |_| ());
+            assert!(matches!(waited, Err(Error::Timeout(Timeout::Resolve))));
+        }
+        let (hanging, waiting) = all.split_at(LOOKUPS_MAX);
+        hanging
+            .iter()
+            .for_each(|(_, server)| server.wait_until_asked());
+        assert!(
+            waiting
+                .iter()
+                .all(|(_, server)| server.asked.try_recv().is_err())
+        );
+        hanging[0].1.answer(1);
+        let (resolver, server) = &waiting[0];
+        server.answer(7);
+        assert_eq!(port(resolver), 7);
+    }
+
+    #[test]
+    fn a_lookup_that_panics_is_one_that_fails() {
+        let lookups = Box::leak(Box::default());
+        let resolver = CachingResolver::looking_up(lookups, || panic!("expected by this test"));
+        assert!(resolver.wait(within(MINUTE), |_| ()).is_err());
+        assert!(resolver.lock().looking_since.is_none());
+    }
+
+    #[test]
+    fn an_address_needs_no_lookup() {
+        for (url, expected) in [
+            ("http://192.0.2.1", "192.0.2.1:80"),
+            ("https://192.0.2.1", "192.0.2.1:443"),
+            ("http://[2001:db8::1]:81", "[2001:db8::1]:81"),
+        ] {
+            let resolver = CachingResolver::new(&url.parse().unwrap());
+            let found = resolver.wait(within(Duration::ZERO), |found| found[0]);
+            assert_eq!(found.unwrap().to_string(), expected);
+            assert!(resolver.0.lookup.is_none());
+        }
+    }
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
+use socket2::SockRef;
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 use ureq::{Error, Timeout};
 
@@ -133,6 +134,13 @@ impl Connection {
     /// The address it was opened to.
     pub(super) fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Has it reset when it is closed: what was not sent yet never will be, and the other side
+    /// need not read what it has refused to learn of the end.
+    pub(super) fn abandon(&self) {
+        // Without it, the rest only takes longer.
+        let _ = SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
     }
 
     /// Waits until the socket is ready for one of these, or broken; tells which.
