@@ -35,7 +35,7 @@ impl Pool {
             input: vec![0; self.input_bytes],
             filled: 0,
             consumed: 0,
-            output: vec![0; self.output_bytes],
+            output: Vec::new(),
         })
     }
 
@@ -86,6 +86,15 @@ impl Pooled {
         self.memory.get_or_insert_with(|| self.pool.take())
     }
 
+    /// With room for output. Requests are sent from where they are: only what ureq itself sends
+    /// needs some.
+    fn memory_and_output(&mut self) -> &mut Memory {
+        let output_bytes = self.pool.output_bytes;
+        let memory = self.memory();
+        memory.output.resize(output_bytes, 0);
+        memory
+    }
+
     /// Lets another have the buffers, if no input is left in them.
     pub(super) fn give_back(&mut self) {
         let is_done = |memory: &mut Memory| memory.filled == memory.consumed;
@@ -107,7 +116,7 @@ impl Drop for Pooled {
 
 impl Buffers for Pooled {
     fn output(&mut self) -> &mut [u8] {
-        &mut self.memory().output
+        &mut self.memory_and_output().output
     }
 
     fn input(&self) -> &[u8] {
@@ -134,7 +143,7 @@ impl Buffers for Pooled {
     }
 
     fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
-        let memory = self.memory();
+        let memory = self.memory_and_output();
         memory.room();
         (&mut memory.input[memory.filled..], &mut memory.output)
     }

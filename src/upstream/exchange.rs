@@ -17,7 +17,7 @@ const DRAIN_BYTES_MAX: usize = 64 * 1024;
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// A destination that has answered 2xx, and takes nothing more of the request for this time, has
 /// all that it wants of it.
-const TAKES_NOTHING_FOR: Duration = Duration::from_secs(1);
+const TAKES_NOTHING_FOR: Duration = Duration::from_secs(2);
 
 /// How an exchange ended.
 #[derive(Debug)]
@@ -93,6 +93,7 @@ impl Exchange<'_> {
     /// Sends until all is out, or an answer makes it pointless; returns whether all is out.
     fn send(&mut self, message: [&[u8]; 2]) -> Result<bool, Error> {
         let mut answered_at = None;
+        let mut flags = PollFlags::IN | PollFlags::OUT;
         loop {
             let sent_before = self.sent;
             match self.push(message) {
@@ -107,7 +108,7 @@ impl Exchange<'_> {
                 None => self.deadline,
                 Some(at) => earlier(self.deadline, at + TAKES_NOTHING_FOR),
             };
-            match self.wait(PollFlags::IN | PollFlags::OUT, deadline) {
+            match self.wait(flags, deadline) {
                 Ok(ready) if ready == PollFlags::OUT => continue,
                 Ok(_) => {}
                 Err(Error::Timeout(_)) if self.reader.answer().is_some() => return Ok(false),
@@ -117,10 +118,14 @@ impl Exchange<'_> {
             match (self.reader.answer(), heard) {
                 // Refused, or given up by the other side: it wants nothing more of it.
                 (Some(answer), _) if !is_success(answer) => return Ok(false),
-                (Some(_), Ok(Input::End) | Err(_)) => return Ok(false),
-                (Some(_), _) => {
+                (Some(_), Err(_)) => return Ok(false),
+                (Some(_), Ok(input)) => {
                     self.is_early = true;
                     answered_at.get_or_insert_with(Instant::now);
+                    if input == Input::End {
+                        // It may go on reading: only what it sends has ended.
+                        flags = PollFlags::OUT;
+                    }
                 }
                 (None, Ok(Input::End)) => return Err(closed()),
                 (None, heard) => {

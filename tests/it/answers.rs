@@ -1,9 +1,14 @@
 //! Answers that are early, sloppy or long, and requests that cannot be sent: what the program makes
 //! of them as a whole. How an answer is read is tested beside the code.
 
+#[path = "../fuzz/answers.rs"]
+mod check;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::thread;
+
+use proptest::prelude::*;
 
 use crate::support::destination::{Answer, Destination};
 use crate::support::http;
@@ -156,3 +161,14 @@ fn rows_that_cannot_be_sent_are_given_up_at_once_and_say_nothing_about_the_desti
     );
 }
 on_routes!(rows_that_cannot_be_sent_are_given_up_at_once_and_say_nothing_about_the_destination: sqlite Sqlite, postgres Postgres);
+
+proptest! {
+    #[test]
+    fn no_bytes_make_reading_an_answer_panic(
+        head in "HTTP/1[.][01] [1-5][0-9]{2} OK\r\n([A-Za-z-]{1,20} ?: ?[!-~]{0,9}\r?\n){0,9}",
+        rest in prop::collection::vec(any::<u8>(), 0..500),
+    ) {
+        check::check(&rest);
+        check::check(&[head.as_bytes(), &rest].concat());
+    }
+}

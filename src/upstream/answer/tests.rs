@@ -307,9 +307,4 @@ proptest! {
             prop_assert_eq!(&whole, &read(&bytes, &[1], is_to_head));
         }
     }
-
-    #[test]
-    fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..2000), cut in 1_usize..50) {
-        prop_assert_eq!(read(&bytes, &[cut], false), read(&bytes, &[usize::MAX], false));
-    }
 }
