@@ -29,8 +29,9 @@
 //!   until it is settled; a shutdown waits for the counts, and stores what channels and slots hold.
 //! - A claim is a lease, never a delete; no transaction or connection is held during a send.
 //! - Settling names row id *and* attempt, so that a late settlement changes nothing.
-//! - No SQL outside [`queue`], no HTTP parsing outside [`intake`] (but for [`control::ask`], which
-//!   reads what our own control port answers), no ureq outside [`upstream`].
+//! - No SQL outside [`queue`], no parsing of HTTP requests outside [`intake`] and of answers outside
+//!   [`upstream`] (but for [`control::ask`], which reads what our own control port answers), no ureq
+//!   outside [`upstream`].
 //! - Every channel is bounded, every thread is spawned by [`thread`], and one that ends
 //!   unexpectedly ends the program with an error.
 //! - Time enters pure code as an argument.

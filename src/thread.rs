@@ -100,6 +100,14 @@ impl Threads {
     }
 }
 
+/// Starts a thread for one call that ends by itself, and whose end nobody waits for.
+///
+/// # Errors
+/// As [`Threads::spawn`].
+pub fn spawn_brief(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    start(name.to_owned(), body).map(drop)
+}
+
 fn start(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name(name)

@@ -2,17 +2,20 @@
 //! once, sessions are resumed. As beneath it, buffers are there only while bytes go through.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::sync::Arc;
 
+use rustix::event::PollFlags;
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection, StreamOwned};
+use rustls::{ClientConfig, ClientConnection};
 use ureq::Error;
-use ureq::unversioned::transport::{
-    Buffers, ConnectionDetails, Connector, NextTimeout, Transport, TransportAdapter,
-};
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
-use super::transport::{Connection, Pool, Pooled, deadline, left};
+use super::buffers::{Pool, Pooled};
+use super::transport::{Connection, Input, Line, await_input, deadline, or_nothing, transmit};
+
+/// What is encrypted ahead of what the socket takes: one full record (RFC 8446 §5.1).
+const AHEAD_BYTES: usize = 16 * 1024;
 
 /// Secures connections.
 #[derive(Debug)]
@@ -29,7 +32,7 @@ impl Connector<Connection> for Tls {
         details: &ConnectionDetails,
         chained: Option<Connection>,
     ) -> Result<Option<Secured>, Error> {
-        let Some(connection) = chained else {
+        let Some(socket) = chained else {
             return Ok(None);
         };
         let host = details.uri.host().unwrap_or_default();
@@ -37,11 +40,11 @@ impl Connector<Connection> for Tls {
         let name = ServerName::try_from(bare.to_owned()).map_err(io::Error::other)?;
         let client = ClientConnection::new(Arc::clone(&self.config), name);
         let mut client = client.map_err(io::Error::other)?;
-        let clock = details.current_time.clone();
-        let mut socket = TransportAdapter::new(connection.boxed(), clock);
-        shake_hands(&mut client, &mut socket, details.timeout)?;
+        client.set_buffer_limit(Some(AHEAD_BYTES));
+        shake_hands(&mut client, &socket, details.timeout)?;
         Ok(Some(Secured {
-            stream: Box::new(StreamOwned::new(client, socket)),
+            client: Box::new(client),
+            socket,
             buffers: Pooled::new(&self.pool),
         }))
     }
@@ -50,26 +53,27 @@ impl Connector<Connection> for Tls {
 /// Within `timeout` as a whole, however the other side trickles.
 fn shake_hands(
     client: &mut ClientConnection,
-    socket: &mut TransportAdapter,
+    mut socket: &Connection,
     timeout: NextTimeout,
 ) -> Result<(), Error> {
     let deadline = deadline(timeout);
     while client.is_handshaking() || client.wants_write() {
-        let mut timeout = timeout;
-        if let Some(deadline) = deadline {
-            timeout.after = left(deadline, timeout.reason)?.into();
-        }
-        socket.set_timeout(timeout);
-        if client.wants_write() {
-            client.write_tls(socket)?;
-            continue;
-        }
-        if client.read_tls(socket)? == 0 {
-            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-        }
+        let (done, flag) = if client.wants_write() {
+            (client.write_tls(&mut socket), PollFlags::OUT)
+        } else {
+            (client.read_tls(&mut socket), PollFlags::IN)
+        };
+        match done {
+            Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                socket.wait(flag, deadline, timeout.reason)?;
+                continue;
+            }
+            done => done?,
+        };
         if let Err(error) = client.process_new_packets() {
             // Best effort: tells the other side why.
-            let _ = client.write_tls(socket);
+            let _ = client.write_tls(&mut socket);
             return Err(io::Error::new(io::ErrorKind::InvalidData, error).into());
         }
     }
@@ -78,7 +82,8 @@ fn shake_hands(
 
 /// A connection over which TLS is spoken.
 pub(super) struct Secured {
-    stream: Box<StreamOwned<ClientConnection, TransportAdapter>>,
+    client: Box<ClientConnection>,
+    socket: Connection,
     buffers: Pooled,
 }
 
@@ -89,13 +94,67 @@ impl fmt::Debug for Secured {
 }
 
 impl Secured {
-    /// Why the other side has closed the connection that was being written to, if it has said so:
-    /// with TLS 1.3 it may refuse a certificate after the handshake.
-    fn refusal(&mut self) -> Option<io::Error> {
-        let StreamOwned { conn, sock } = &mut *self.stream;
-        conn.read_tls(sock).ok()?;
-        let refusal = conn.process_new_packets().err()?;
-        Some(io::Error::new(io::ErrorKind::InvalidData, refusal))
+    /// What is decrypted already. Nothing is buffered while there is nothing: first its first
+    /// byte, then the place for the rest.
+    fn decrypted(&mut self) -> io::Result<Input> {
+        let mut reader = self.client.reader();
+        let mut first = [0];
+        match reader.read(&mut first) {
+            Ok(0) => return Ok(Input::End),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Input::None),
+            // Closed without saying so. What is missing of an answer shows in its framing.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Input::End),
+            Err(error) => return Err(error),
+        }
+        let room = self.buffers.input_append_buf();
+        let Some((place, rest)) = room.split_first_mut() else {
+            return Err(io::Error::other("no room for input"));
+        };
+        *place = first[0];
+        let more = reader.read(rest).unwrap_or_default();
+        self.buffers.input_appended(1 + more);
+        Ok(Input::More)
+    }
+}
+
+impl Line for Secured {
+    fn send(&mut self, parts: [&[u8]; 2]) -> io::Result<usize> {
+        if !Line::flush(self)? {
+            return Ok(0);
+        }
+        // Sent with the next flush, or not at all.
+        let parts = parts.map(IoSlice::new);
+        or_nothing(self.client.writer().write_vectored(&parts))
+    }
+
+    fn flush(&mut self) -> io::Result<bool> {
+        while self.client.wants_write() {
+            if or_nothing(self.client.write_tls(&mut &self.socket))? == 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn receive(&mut self) -> io::Result<Input> {
+        loop {
+            let input = self.decrypted()?;
+            if input != Input::None {
+                return Ok(input);
+            }
+            match self.client.read_tls(&mut &self.socket) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Input::None),
+                read => read?,
+            };
+            self.client
+                .process_new_packets()
+                .map_err(|refusal| io::Error::new(io::ErrorKind::InvalidData, refusal))?;
+        }
+    }
+
+    fn socket(&self) -> &Connection {
+        &self.socket
     }
 }
 
@@ -105,35 +164,22 @@ impl Transport for Secured {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
-        self.stream.sock.set_timeout(timeout);
-        let output = &self.buffers.output()[..amount];
-        let sent = self.stream.write_all(output);
-        let sent = sent.and_then(|()| self.stream.flush());
-        sent.map_err(|error| Error::Io(self.refusal().unwrap_or(error)))
+        let output = self.buffers.output()[..amount].to_vec();
+        transmit(self, &output, timeout)
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
-        self.stream.sock.set_timeout(timeout);
         self.buffers.give_back();
-        // Nothing is buffered while it waits: first the socket, then the place for what it says.
-        let mut first = [0];
-        let bytes = self.stream.read(&mut first)?;
-        if bytes == 0 {
-            return Ok(false);
+        match self.decrypted()? {
+            Input::None => await_input(self, timeout),
+            input => Ok(input == Input::More),
         }
-        let room = self.buffers.input_append_buf();
-        let Some((place, rest)) = room.split_first_mut() else {
-            return Err(io::Error::other("no room for input").into());
-        };
-        *place = first[0];
-        // What is there already, without waiting for more.
-        let more = self.stream.conn.reader().read(rest).unwrap_or_default();
-        self.buffers.input_appended(1 + more);
-        Ok(true)
     }
 
     fn is_open(&mut self) -> bool {
-        self.stream.sock.get_mut().is_open()
+        let state = self.client.process_new_packets();
+        let has_nothing = |state: rustls::IoState| state.plaintext_bytes_to_read() == 0;
+        state.is_ok_and(has_nothing) && self.socket.is_open()
     }
 
     fn is_tls(&self) -> bool {

@@ -1,27 +1,61 @@
-//! The sockets beneath ureq. A connection has buffers only while bytes go through them: with
-//! hundreds of workers that wait for answers, theirs would be most of the memory in use.
+//! The sockets beneath a request. They are written to and read from without waiting, so that an
+//! answer is seen while its request is still being sent.
 
 use std::fmt;
-use std::io;
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
+use socket2::SockRef;
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 use ureq::{Error, Timeout};
 
-/// Buffers that are kept for reuse: more threads hardly ever have bytes in hand at once.
-const KEPT_MAX: usize = 8;
+use super::buffers::{Pool, Pooled};
 
-/// Opens TCP connections and counts them.
+/// What has come in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Input {
+    /// Nothing yet.
+    None,
+    /// More, which is in the buffers now.
+    More,
+    /// The other side sends nothing more.
+    End,
+}
+
+/// A connection that can be sent to and listened to at the same time.
+pub(super) trait Line: Transport {
+    /// Takes what it can of these, in order, without waiting; returns how many bytes. Nothing of
+    /// what it has not taken was sent.
+    ///
+    /// # Errors
+    /// The connection's. What was taken before may have been sent.
+    fn send(&mut self, parts: [&[u8]; 2]) -> io::Result<usize>;
+
+    /// Sends what it has taken, without waiting; returns whether all of it is out.
+    ///
+    /// # Errors
+    /// The connection's.
+    fn flush(&mut self) -> io::Result<bool>;
+
+    /// Takes in what has come, without waiting.
+    ///
+    /// # Errors
+    /// The connection's.
+    fn receive(&mut self) -> io::Result<Input>;
+
+    /// The connection beneath, to wait on and to ask where it leads.
+    fn socket(&self) -> &Connection;
+}
+
+/// Opens TCP connections.
 #[derive(Debug)]
 pub(super) struct Tcp {
     pub(super) pool: Arc<Pool>,
-    pub(super) opened: Arc<AtomicU64>,
 }
 
 impl Connector for Tcp {
@@ -32,18 +66,21 @@ impl Connector for Tcp {
         details: &ConnectionDetails,
         _chained: Option<()>,
     ) -> Result<Option<Connection>, Error> {
-        self.opened.fetch_add(1, Ordering::Relaxed);
-        let stream = connect(&details.addrs, details.timeout)?;
+        let (stream, address) = connect(&details.addrs, details.timeout)?;
         stream.set_nodelay(true)?;
         Ok(Some(Connection {
             stream,
+            address,
             buffers: Pooled::new(&self.pool),
         }))
     }
 }
 
 /// Tries one address after the other; each but the last has half of the time that is left.
-fn connect(addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, Error> {
+fn connect(
+    addresses: &[SocketAddr],
+    timeout: NextTimeout,
+) -> Result<(TcpStream, SocketAddr), Error> {
     let deadline = deadline(timeout);
     let mut failed = io::Error::from(io::ErrorKind::ConnectionRefused);
     for (number, address) in addresses.iter().enumerate() {
@@ -56,7 +93,7 @@ fn connect(addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, 
             }
         };
         match result {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => return Ok((stream, *address)),
             Err(error) => failed = error,
         }
     }
@@ -83,6 +120,7 @@ pub(super) fn left(deadline: Instant, reason: Timeout) -> Result<Duration, Error
 /// One connection. Its socket is in blocking mode, but no call on it blocks.
 pub(super) struct Connection {
     stream: TcpStream,
+    address: SocketAddr,
     buffers: Pooled,
 }
 
@@ -93,24 +131,161 @@ impl fmt::Debug for Connection {
 }
 
 impl Connection {
-    /// Waits until the socket is ready, broken, or the time is over.
-    fn wait(
+    /// The address it was opened to.
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Has it reset when it is closed: what was not sent yet never will be, and the other side
+    /// need not read what it has refused to learn of the end.
+    pub(super) fn abandon(&self) {
+        // Without it, the rest only takes longer.
+        let _ = SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+    }
+
+    /// Waits until the socket is ready for one of these, or broken; tells which.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] with the reason given, when the time is over.
+    pub(super) fn wait(
         &self,
         flags: PollFlags,
         deadline: Option<Instant>,
-        timeout: NextTimeout,
-    ) -> Result<(), Error> {
+        reason: Timeout,
+    ) -> Result<PollFlags, Error> {
         let mut socket = [PollFd::new(&self.stream, flags)];
         loop {
-            let left = deadline.map(|deadline| left(deadline, timeout.reason));
-            let left = left
-                .transpose()?
-                .and_then(|left| Timespec::try_from(left).ok());
+            let left = deadline
+                .map(|deadline| left(deadline, reason))
+                .transpose()?;
+            let left = left.and_then(|left| Timespec::try_from(left).ok());
             match poll(&mut socket, left.as_ref()) {
                 Ok(0) | Err(Errno::INTR) => {}
-                Ok(_) => return Ok(()),
+                Ok(_) => return Ok(socket[0].revents()),
                 Err(error) => return Err(Error::Io(error.into())),
             }
+        }
+    }
+
+    /// Receives what is there, without waiting: 0 bytes are the end.
+    fn receive_into(&self, buffer: &mut [u8], flags: RecvFlags) -> io::Result<usize> {
+        loop {
+            match recv(&self.stream, &mut *buffer, flags | RecvFlags::DONTWAIT) {
+                Ok((bytes, _)) => return Ok(bytes),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Sends as much as there is room for, without waiting.
+    fn send_from(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        loop {
+            let mut nothing = SendAncillaryBuffer::default();
+            match sendmsg(&self.stream, parts, &mut nothing, flags) {
+                Ok(bytes) => return Ok(bytes),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Without waiting: [`io::ErrorKind::WouldBlock`].
+impl Read for &Connection {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.receive_into(buffer, RecvFlags::empty())
+    }
+}
+
+/// As above.
+impl Write for &Connection {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.send_from(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.send_from(parts)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Line for Connection {
+    fn send(&mut self, parts: [&[u8]; 2]) -> io::Result<usize> {
+        let sent = match parts {
+            [part, []] | [[], part] => self.send_from(&[IoSlice::new(part)]),
+            [head, body] => self.send_from(&[IoSlice::new(head), IoSlice::new(body)]),
+        };
+        or_nothing(sent)
+    }
+
+    fn flush(&mut self) -> io::Result<bool> {
+        Ok(true)
+    }
+
+    fn receive(&mut self) -> io::Result<Input> {
+        let buffer = self.buffers.input_append_buf();
+        let flags = RecvFlags::DONTWAIT;
+        let received = recv(&self.stream, buffer, flags);
+        let input = match received {
+            Ok((0, _)) => Ok(Input::End),
+            Ok((bytes, _)) => {
+                self.buffers.input_appended(bytes);
+                return Ok(Input::More);
+            }
+            Err(Errno::AGAIN | Errno::INTR) => Ok(Input::None),
+            Err(error) => Err(error.into()),
+        };
+        self.buffers.give_back();
+        input
+    }
+
+    fn socket(&self) -> &Connection {
+        self
+    }
+}
+
+/// Of what would have had to wait, nothing was done.
+pub(super) fn or_nothing(done: io::Result<usize>) -> io::Result<usize> {
+    match done {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        done => done,
+    }
+}
+
+/// [`Transport::transmit_output`] of all lines: sends all of `bytes`.
+pub(super) fn transmit(
+    line: &mut impl Line,
+    bytes: &[u8],
+    timeout: NextTimeout,
+) -> Result<(), Error> {
+    let deadline = deadline(timeout);
+    let mut sent = 0;
+    loop {
+        if sent < bytes.len() {
+            sent += line.send([&bytes[sent..], &[]])?;
+        }
+        if line.flush()? && sent == bytes.len() {
+            return Ok(());
+        }
+        line.socket()
+            .wait(PollFlags::OUT, deadline, timeout.reason)?;
+    }
+}
+
+/// [`Transport::await_input`] of all lines: waits for more; returns whether there is any.
+pub(super) fn await_input(line: &mut impl Line, timeout: NextTimeout) -> Result<bool, Error> {
+    let deadline = deadline(timeout);
+    loop {
+        line.socket()
+            .wait(PollFlags::IN, deadline, timeout.reason)?;
+        match line.receive()? {
+            Input::None => {}
+            input => return Ok(input == Input::More),
         }
     }
 }
@@ -121,217 +296,18 @@ impl Transport for Connection {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
-        let deadline = deadline(timeout);
-        let mut sent = 0;
-        while sent < amount {
-            let rest = &self.buffers.memory().output[sent..amount];
-            match send(
-                &self.stream,
-                rest,
-                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
-            ) {
-                Ok(bytes) => sent += bytes,
-                Err(Errno::AGAIN) => self.wait(PollFlags::OUT, deadline, timeout)?,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(Error::Io(error.into())),
-            }
-        }
-        Ok(())
+        let output = self.buffers.output()[..amount].to_vec();
+        transmit(self, &output, timeout)
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
-        let deadline = deadline(timeout);
-        loop {
-            self.buffers.give_back();
-            self.wait(PollFlags::IN, deadline, timeout)?;
-            match recv(
-                &self.stream,
-                self.buffers.input_append_buf(),
-                RecvFlags::DONTWAIT,
-            ) {
-                Ok((bytes, _)) => {
-                    self.buffers.input_appended(bytes);
-                    return Ok(bytes > 0);
-                }
-                Err(Errno::AGAIN | Errno::INTR) => {}
-                Err(error) => return Err(Error::Io(error.into())),
-            }
-        }
+        self.buffers.give_back();
+        await_input(self, timeout)
     }
 
     /// Whether nothing has come in since the last answer, neither its end nor anything unasked.
     fn is_open(&mut self) -> bool {
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        matches!(recv(&self.stream, &mut [0; 1], flags), Err(Errno::AGAIN))
-    }
-}
-
-/// Buffers of one size, for all connections.
-#[derive(Debug)]
-pub(super) struct Pool {
-    input_bytes: usize,
-    output_bytes: usize,
-    kept: Mutex<Vec<Memory>>,
-}
-
-impl Pool {
-    pub(super) fn new(input_bytes: usize, output_bytes: usize) -> Arc<Pool> {
-        Arc::new(Pool {
-            input_bytes,
-            output_bytes,
-            kept: Mutex::default(),
-        })
-    }
-
-    fn take(&self) -> Memory {
-        let kept = self
-            .kept
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop();
-        kept.unwrap_or_else(|| Memory {
-            input: vec![0; self.input_bytes],
-            filled: 0,
-            consumed: 0,
-            output: vec![0; self.output_bytes],
-        })
-    }
-
-    fn put(&self, memory: Memory) {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() < KEPT_MAX {
-            kept.push(memory);
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Memory {
-    input: Vec<u8>,
-    filled: usize,
-    consumed: usize,
-    output: Vec<u8>,
-}
-
-impl Memory {
-    /// Room for more input, behind what is not consumed yet.
-    fn room(&mut self) -> &mut [u8] {
-        self.input.copy_within(self.consumed..self.filled, 0);
-        self.filled -= self.consumed;
-        self.consumed = 0;
-        &mut self.input[self.filled..]
-    }
-}
-
-/// A connection's part in the pool.
-pub(super) struct Pooled {
-    pool: Arc<Pool>,
-    memory: Option<Memory>,
-    /// Whether the last call of `input_consume` got on with what was there.
-    has_consumed: bool,
-}
-
-impl Pooled {
-    pub(super) fn new(pool: &Arc<Pool>) -> Pooled {
-        Pooled {
-            pool: Arc::clone(pool),
-            memory: None,
-            has_consumed: false,
-        }
-    }
-
-    fn memory(&mut self) -> &mut Memory {
-        self.memory.get_or_insert_with(|| self.pool.take())
-    }
-
-    /// Lets another have the buffers, if no input is left in them.
-    pub(super) fn give_back(&mut self) {
-        let is_done = |memory: &mut Memory| memory.filled == memory.consumed;
-        if let Some(mut memory) = self.memory.take_if(is_done) {
-            (memory.filled, memory.consumed) = (0, 0);
-            self.pool.put(memory);
-        }
-    }
-}
-
-impl Drop for Pooled {
-    fn drop(&mut self) {
-        if let Some(memory) = &mut self.memory {
-            memory.consumed = memory.filled;
-            self.give_back();
-        }
-    }
-}
-
-impl Buffers for Pooled {
-    fn output(&mut self) -> &mut [u8] {
-        &mut self.memory().output
-    }
-
-    fn input(&self) -> &[u8] {
-        let memory = self.memory.as_ref();
-        memory.map_or(&[], |memory| &memory.input[memory.consumed..memory.filled])
-    }
-
-    fn input_append_buf(&mut self) -> &mut [u8] {
-        self.memory().room()
-    }
-
-    fn input_appended(&mut self, amount: usize) {
-        let memory = self.memory();
-        memory.filled = (memory.filled + amount).min(memory.input.len());
-    }
-
-    fn input_consume(&mut self, amount: usize) {
-        self.has_consumed = amount > 0;
-        if let Some(memory) = &mut self.memory {
-            memory.consumed = (memory.consumed + amount).min(memory.filled);
-        }
-        // The end of an answer is not told otherwise.
-        self.give_back();
-    }
-
-    fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
-        let memory = self.memory();
-        memory.room();
-        (&mut memory.input[memory.filled..], &mut memory.output)
-    }
-
-    fn can_use_input(&self) -> bool {
-        self.has_consumed && !self.input().is_empty()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn input_is_kept_until_it_is_consumed_and_then_the_buffers_are_free() {
-        let pool = Pool::new(8, 4);
-        let mut buffers = Pooled {
-            pool: Arc::clone(&pool),
-            memory: None,
-            has_consumed: false,
-        };
-        let free = || pool.kept.lock().unwrap().len();
-        assert_eq!(buffers.input(), b"");
-        buffers.input_append_buf()[..6].copy_from_slice(b"answer");
-        buffers.input_appended(6);
-        buffers.give_back();
-        assert_eq!((buffers.input(), free()), (b"answer".as_slice(), 0));
-        assert!(!buffers.can_use_input());
-        buffers.input_consume(2);
-        assert!(buffers.can_use_input());
-        assert_eq!(buffers.input_append_buf().len(), 4);
-        assert_eq!(buffers.input(), b"swer");
-        let (tmp, output) = buffers.tmp_and_output();
-        assert_eq!((tmp.len(), output.len()), (4, 4));
-        buffers.input_consume(4);
-        assert_eq!((buffers.input(), free()), (b"".as_slice(), 1));
-        buffers.input_append_buf();
-        assert_eq!(free(), 0);
-        drop(buffers);
-        assert_eq!(free(), 1);
+        let nothing = self.receive_into(&mut [0; 1], RecvFlags::PEEK);
+        nothing.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 }

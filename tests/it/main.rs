@@ -16,6 +16,7 @@ mod support;
 
 mod ack;
 mod adopt;
+mod answers;
 mod bench;
 mod breaker;
 mod cli;

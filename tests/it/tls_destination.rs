@@ -1,6 +1,6 @@
 //! TLS to the destination: who is trusted, what is shown to it, and why a failed attempt failed.
 
-use std::io::{BufReader, Write};
+use std::io::{BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -23,8 +23,20 @@ struct Secure {
     requests: Receiver<usize>,
 }
 
+/// Serves one connection; the function tells of each request, and whether to go on.
+type Serve = fn(TcpStream, Arc<ServerConfig>, &dyn Fn() -> bool);
+
 impl Secure {
     fn start(own: &Issued, clients_of: Option<&Path>) -> Secure {
+        Secure::serving(own, clients_of, serve)
+    }
+
+    /// Answers 413 to whatever begins to arrive, and closes.
+    fn refusing(own: &Issued) -> Secure {
+        Secure::serving(own, None, refuse)
+    }
+
+    fn serving(own: &Issued, clients_of: Option<&Path>, serve: Serve) -> Secure {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
@@ -50,7 +62,7 @@ impl Secure {
         thread::spawn(move || {
             for (number, socket) in listener.incoming().enumerate() {
                 let (socket, config, seen) = (socket.unwrap(), Arc::clone(&config), seen.clone());
-                thread::spawn(move || serve(socket, config, || seen.send(number).is_ok()));
+                thread::spawn(move || serve(socket, config, &|| seen.send(number).is_ok()));
             }
         });
         Secure { port, requests }
@@ -65,7 +77,7 @@ impl Secure {
     }
 }
 
-fn serve(socket: TcpStream, config: Arc<ServerConfig>, seen: impl Fn() -> bool) {
+fn serve(socket: TcpStream, config: Arc<ServerConfig>, seen: &dyn Fn() -> bool) {
     let connection = ServerConnection::new(config).unwrap();
     let mut reader = BufReader::new(StreamOwned::new(connection, socket));
     while let Ok(Some(_)) = Message::read(&mut reader, Kind::Request) {
@@ -74,6 +86,16 @@ fn serve(socket: TcpStream, config: Arc<ServerConfig>, seen: impl Fn() -> bool) 
             break;
         }
     }
+}
+
+fn refuse(socket: TcpStream, config: Arc<ServerConfig>, seen: &dyn Fn() -> bool) {
+    // Its answer is not to wait for what is unread: closing would then take it back.
+    socket.set_nodelay(true).unwrap();
+    let mut stream = StreamOwned::new(ServerConnection::new(config).unwrap(), socket);
+    stream.read_exact(&mut [0; 100]).unwrap();
+    let answer = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n";
+    stream.write_all(answer).unwrap();
+    seen();
 }
 
 /// Sends one request; what is logged of why its attempt failed must say this. Its row stays.
@@ -106,12 +128,27 @@ fn a_trusted_destination_is_sent_to_on_one_connection() {
         send(&proxy);
         assert_eq!(destination.next(), 0);
     }
-    // Longer than the buffers of a connection.
+    // Longer than the buffers of a connection, which is the same all the same.
     let long = format!("X-Long: {}", "x".repeat(20_000));
     let answer = proxy.send(&http::request("POST", "/hook", &[&long], &[7; 300_000]));
     assert_eq!(answer.status, 200);
-    assert_eq!(destination.next(), 1);
+    assert_eq!(destination.next(), 0);
     proxy.stop();
+}
+
+/// Session tickets come while the body is still being sent, and then the answer.
+#[test]
+fn a_refusal_during_the_upload_is_seen_through_tls_too() {
+    let authority = Authority::new("ours");
+    let destination = Secure::refusing(&authority.issue("server", "DNS:localhost", 2));
+    let proxy = trusting(&destination.url("localhost"), &authority).start();
+    let body = vec![7; 9 * 1024 * 1024];
+    let answer = proxy.send(&http::request("POST", "/hook", &[], &body));
+    assert_eq!(answer.status, 200);
+    destination.next();
+    let line = proxy.wait_for_log("delivery failed");
+    assert!(line.contains("destination answered 413"), "{line}");
+    proxy.kill9();
 }
 
 #[test]

@@ -1,0 +1,62 @@
+//! The head of a request as it goes out. Pure.
+
+use uuid::Uuid;
+
+use crate::config::RemoteUrl;
+use crate::request::{ATTEMPT_HEADER, ID_HEADER, Request};
+
+/// Longest method that is sent; those that are registered have at most 17 bytes.
+const METHOD_BYTES_MAX: usize = 64;
+
+/// The head of attempt number `attempt` of `request`, under `id`.
+///
+/// # Errors
+/// Why it cannot be sent, to whatever destination: rows come from anywhere, and from programs
+/// that refused less.
+///
+/// Out of line: what it takes of the stack, all workers that wait for an answer would have as well.
+#[inline(never)]
+pub(super) fn write(
+    remote: &RemoteUrl,
+    id: Uuid,
+    request: &Request,
+    attempt: u32,
+) -> Result<Vec<u8>, String> {
+    let method_bytes = request.method.len();
+    if method_bytes > METHOD_BYTES_MAX {
+        return Err(format!(
+            "cannot be sent: its method has {method_bytes} bytes, at most {METHOD_BYTES_MAX} are sent"
+        ));
+    }
+    let checked = request.check();
+    checked.map_err(|invalid| format!("cannot be sent: {invalid}"))?;
+    let length = if request.body.is_empty() && !announces_empty_body(&request.method) {
+        String::new()
+    } else {
+        format!("content-length: {}\r\n", request.body.len())
+    };
+    let mut id_text = Uuid::encode_buffer();
+    let ours = format!(
+        "{ID_HEADER}: {}\r\n{ATTEMPT_HEADER}: {attempt}\r\n\r\n",
+        id.hyphenated().encode_lower(&mut id_text)
+    );
+    Ok([
+        request.method.as_bytes(),
+        b" ",
+        remote.path_prefix.as_bytes(),
+        request.target.as_bytes(),
+        b" HTTP/1.1\r\n",
+        length.as_bytes(),
+        b"host: ",
+        remote.authority.as_str().as_bytes(),
+        b"\r\n",
+        request.headers.as_bytes(),
+        ours.as_bytes(),
+    ]
+    .concat())
+}
+
+/// Methods whose empty body is announced with `Content-Length: 0` (RFC 9110 §8.6).
+fn announces_empty_body(method: &str) -> bool {
+    matches!(method, "POST" | "PUT" | "PATCH")
+}
