@@ -237,6 +237,11 @@ impl<S: Service> Acceptor<S> {
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the front itself waits for whole requests.
+    fn waits_in_front(&self) -> bool {
+        self.service.threads_max().is_some()
+    }
+
     /// Whether one more connection may be handed over. Makes room for it, if it can be made at once.
     fn has_thread(&self) -> bool {
         let threads_max = self.service.threads_max().unwrap_or(usize::MAX);

@@ -32,6 +32,10 @@ const LOOK_MIN: Duration = Duration::from_millis(10);
 const LOOK_MAX: Duration = Duration::from_secs(1);
 /// A connection is left so long to send its first or next request, whoever waits for its place.
 const GRACE: Duration = Duration::from_millis(10);
+/// The same where requests are waited for in here, and are looked for as soon as a connection is
+/// taken in. What the places have room for in this time must be more than anybody opens: past that
+/// the kernel's backlog overflows, and who is turned away there comes again after a second.
+const GRACE_HERE: Duration = Duration::from_millis(1);
 /// Pause after an error of `accept`: none of them is cured by asking again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -270,7 +274,11 @@ impl<S: Service> Front<S> {
                         opened_at: Instant::now(),
                         _open: Open::new(&self.acceptor.open),
                     };
+                    let descriptor = link.socket.as_raw_fd();
                     self.acceptor.parked.park(link);
+                    if self.acceptor.waits_in_front() {
+                        self.visit(descriptor, Cause::Arrived);
+                    }
                 }
                 Err(error) => {
                     use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
@@ -307,6 +315,10 @@ impl<S: Service> Front<S> {
     /// to wait for what comes of it, if it is not over.
     fn make_room(&mut self) -> Option<Duration> {
         let now = Instant::now();
+        let grace = match self.acceptor.waits_in_front() {
+            true => GRACE_HERE,
+            false => GRACE,
+        };
         let waiting = self.acceptor.parked.waiting();
         let idle = waiting.by_descriptor.iter();
         let slowest = idle
@@ -319,7 +331,7 @@ impl<S: Service> Front<S> {
         drop(waiting);
         let descriptor = match (slowest, longest) {
             (Some((_, descriptor)), _) => descriptor,
-            (None, Some((idle_for, _))) if idle_for < GRACE => return Some(GRACE - idle_for),
+            (None, Some((idle_for, _))) if idle_for < grace => return Some(grace - idle_for),
             (None, Some((_, descriptor))) => descriptor,
             (None, None) => return Some(self.acceptor.end_one()),
         };

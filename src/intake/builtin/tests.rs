@@ -195,6 +195,8 @@ fn when_all_places_hold_slow_requests_the_longest_under_way_gives_way() {
     // Far more than there are places for, and each asks in vain for one.
     for round in 0..50 {
         assert_eq!(bench.ask("/quick"), 200, "{round}");
+        // Until the one that asked is seen to be gone.
+        wait_until(|| bench.acceptor.connections() == bench.begun());
         slow.extend(bench.begin(2));
     }
     // In their order, and each was told.
