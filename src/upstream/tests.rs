@@ -323,7 +323,7 @@ fn outcomes_tell_whether_the_destination_can_have_had_a_part_in_it() {
     }
     let silent = Raw::start(|stream, _, _| hold(&stream));
     let url = format!("http://{}", silent.address);
-    let outcome = client(&url, Duration::from_millis(200)).send(&request("POST", 4), 1);
+    let outcome = client(&url, Duration::from_secs(2)).send(&request("POST", 4), 1);
     assert!(matches!(outcome, Outcome::Unanswered(_)), "{outcome:?}");
     let closing = Raw::start(|mut stream, _, _| drop(read_head(&mut stream)));
     let outcome = closing.client().send(&request("POST", 4), 1);
