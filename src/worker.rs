@@ -340,7 +340,7 @@ impl Worker {
         let sending = self.stage.work();
         let outcome = self.client.send(request, delivery.attempt);
         drop(sending);
-        self.shared.destination.note(era, &outcome);
+        self.shared.destination.note(era, request.id, &outcome);
         let metrics = &self.shared.metrics;
         metrics
             .path(request.path())

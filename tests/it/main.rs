@@ -28,6 +28,7 @@ mod demo;
 mod descriptors;
 mod docs;
 mod doctor;
+mod fair_model;
 mod fault_table;
 mod faults;
 mod fidelity;
