@@ -219,7 +219,10 @@ fn policy() -> RetryPolicy {
 fn rate(pace: Pace) -> u32 {
     match pace {
         Pace::Full => RATE,
-        Pace::Share(share) | Pace::Sample(share) => ((f64::from(RATE) * share) as u32).max(1),
+        Pace::Share(share) | Pace::Sample(share) => {
+            let is_within = |rate: &u32| f64::from(*rate) <= f64::from(RATE) * share;
+            (1..=RATE).rev().find(is_within).unwrap_or(1)
+        }
         Pace::Probe(_) | Pace::Stopped(_) => 1,
     }
 }
