@@ -1,21 +1,40 @@
-//! The destination's breaker: after failures in a row nothing is sent but single probes, and
-//! after a probe that succeeds the queue starts slowly.
+//! The destination's breaker: while it is down nothing is sent but probes, and after one that is
+//! answered the queue starts slowly.
 //!
-//! [`Breaker`] is pure: outcomes and the time in, what may be sent out. [`Destination`] shares
-//! one among the threads, and reports what it does.
+//! It judges the destination, not a request: `evidence` has what an attempt says. [`Breaker`] is
+//! pure: outcomes and the time in, what may be sent out. [`Destination`] shares one among the
+//! threads, and reports what it does.
+
+mod evidence;
+#[cfg(test)]
+mod tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use uuid::Uuid;
+
+use crate::logger::LogLimit;
 use crate::metrics::Metrics;
 use crate::settle::Outcome;
+use evidence::{Evidence, Fault, Limits, Sign};
 
-/// Pause before the first probe; doubles with each that fails.
+/// Pause before the first probes; doubles each time that they fail.
 const PROBE_PAUSE_MIN: Duration = Duration::from_secs(1);
 const PROBE_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// Probes at once, at most, where requests may have a part in it that they are not answered.
+const PROBES_MAX: u32 = 32;
 /// Doublings of the queue's rate after a probe that succeeded, one a second.
 const DOUBLINGS: u32 = 5;
+/// As many if it was down for less than this: there is not much that waits.
+const DOUBLINGS_BRIEF: u32 = 1;
+const BRIEF: Duration = Duration::from_secs(10);
+/// The share of its rate at which the queue goes while nearly all requests fail.
+const FAILING_SHARE: f64 = 0.25;
+
+static FAILING: LogLimit = LogLimit::new();
+static WORKING: LogLimit = LogLimit::new();
 
 /// Whether an attempt may be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,8 +54,10 @@ pub enum Pace {
     Full,
     /// This share of the full rate.
     Share(f64),
-    /// One single row, now.
-    Probe,
+    /// This share, and with rows from all over the queue, as probes are.
+    Sample(f64),
+    /// So many single rows, now.
+    Probe(u32),
     /// Nothing before this time.
     Stopped(Instant),
 }
@@ -47,29 +68,110 @@ pub enum Change {
     Opened,
     ProbeFailed,
     Recovered,
+    /// Nearly all requests fail.
+    Failing,
+    /// They do not any more.
+    Working,
 }
 
 #[derive(Debug)]
 enum State {
     Closed {
-        failures: u32,
+        evidence: Evidence,
+        /// After it was open.
+        recovery: Option<Recovery>,
     },
-    Open {
-        probe_at: Instant,
-        pause: Duration,
-        /// A probe is under way, and is waited for until then.
-        probing_until: Option<Instant>,
-        error: String,
-    },
-    Recovering {
-        since: Instant,
-        failures: u32,
-    },
+    Open(Open),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Recovery {
+    since: Instant,
+    doublings: u32,
+}
+
+impl Recovery {
+    /// The share of the full rate, while it is less than that.
+    fn share(self, now: Instant) -> Option<f64> {
+        let seconds = now.saturating_duration_since(self.since).as_secs();
+        let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
+        let doublings = self.doublings.checked_sub(seconds)?;
+        (doublings > 0).then(|| 1.0 / f64::from(1_u32 << doublings))
+    }
+}
+
+/// Nothing is sent but probes, in rounds: of a round, one by one or all at once.
+#[derive(Debug)]
+struct Open {
+    since: Instant,
+    /// When the next round begins, if none of this one is answered.
+    next_round: Instant,
+    pause: Duration,
+    /// Probes of a round, and how many of this one have not been asked for.
+    width: u32,
+    left: u32,
+    /// One of this round has failed.
+    has_failed: bool,
+    error: String,
+}
+
+impl Open {
+    fn permit(&mut self, now: Instant) -> Result<(), Instant> {
+        if now >= self.next_round {
+            self.left = self.width;
+            self.has_failed = false;
+            // Those that hang are not waited for without end.
+            self.next_round = now + PROBE_PAUSE_MAX;
+        } else if self.left == 0 {
+            return Err(self.next_round);
+        }
+        self.left -= 1;
+        Ok(())
+    }
+
+    fn pace(&self, now: Instant) -> Pace {
+        if now >= self.next_round {
+            Pace::Probe(self.width)
+        } else if self.left > 0 {
+            Pace::Probe(self.left)
+        } else {
+            Pace::Stopped(self.next_round)
+        }
+    }
+
+    /// The probe could not be made: another may be, instead.
+    fn give_back(&mut self) {
+        self.left = (self.left + 1).min(self.width);
+    }
+
+    /// Notes a probe that has failed; tells whether it is the first of its round.
+    fn fail(&mut self, fault: Fault, width: u32, now: Instant) -> bool {
+        self.error = fault.error;
+        self.width = width;
+        self.left = self.left.min(width - 1);
+        let asked = fault.asked.unwrap_or_default().min(PROBE_PAUSE_MAX);
+        if self.has_failed {
+            self.next_round = self.next_round.max(now + asked);
+            return false;
+        }
+        self.has_failed = true;
+        self.pause = (self.pause * 2).min(PROBE_PAUSE_MAX);
+        self.next_round = now + self.pause.max(asked);
+        true
+    }
+
+    fn recovery(&self, now: Instant) -> Recovery {
+        let is_brief = now.saturating_duration_since(self.since) < BRIEF;
+        Recovery {
+            since: now,
+            doublings: if is_brief { DOUBLINGS_BRIEF } else { DOUBLINGS },
+        }
+    }
 }
 
 #[derive(Debug)]
 pub struct Breaker {
-    /// Failures in a row that open it; 0: it never opens.
+    /// Connections that have to fail in a row to open it; 0: it never opens.
     failures_max: u32,
     state: State,
     era: Era,
@@ -79,17 +181,17 @@ impl Breaker {
     pub fn new(failures_max: u32) -> Breaker {
         Breaker {
             failures_max,
-            state: State::Closed { failures: 0 },
+            state: closed(None),
             era: Era(0),
         }
     }
 
     /// For a destination that has changed: what was is forgotten.
     pub fn renew(&mut self) {
-        self.enter(State::Closed { failures: 0 });
+        self.enter(closed(None));
     }
 
-    /// From now on so many failures in a row open it; 0 closes it for good.
+    /// From now on it takes so many failures; 0 closes it for good.
     pub fn set_failures_max(&mut self, failures_max: u32) {
         self.failures_max = failures_max;
         if failures_max == 0 {
@@ -99,71 +201,88 @@ impl Breaker {
 
     /// To be asked before each attempt; each that is granted is to be noted.
     pub fn permit(&mut self, now: Instant) -> Permit {
-        if let State::Open {
-            probe_at,
-            probing_until,
-            ..
-        } = &mut self.state
+        if let State::Open(open) = &mut self.state
+            && let Err(next) = open.permit(now)
         {
-            let next = probing_until.unwrap_or(*probe_at);
-            if now < next {
-                return Permit::Denied(next);
-            }
-            *probing_until = Some(now + PROBE_PAUSE_MAX);
+            return Permit::Denied(next);
         }
         Permit::Granted(self.era)
     }
 
-    /// Notes how an attempt ended that was granted in `era`.
-    pub fn note(&mut self, era: Era, outcome: &Outcome, now: Instant) -> Option<Change> {
+    /// Notes how an attempt with the request `id` ended that was granted in `era`.
+    pub fn note(&mut self, era: Era, id: Uuid, outcome: &Outcome, now: Instant) -> Option<Change> {
         if era != self.era || self.failures_max == 0 {
             return None;
         }
-        let failure = failure(outcome);
-        let has_recovered = self.has_recovered(now);
-        match (&mut self.state, failure) {
-            (State::Open { .. }, None) => {
-                self.enter(State::Recovering {
-                    since: now,
-                    failures: 0,
-                });
-                Some(Change::Recovered)
-            }
-            (State::Open { pause, .. }, Some((error, asked))) => {
-                let pause = (*pause * 2).min(PROBE_PAUSE_MAX);
-                self.open(pause, asked, error, now);
-                Some(Change::ProbeFailed)
-            }
-            (State::Recovering { .. } | State::Closed { .. }, None) if has_recovered => {
-                self.state = State::Closed { failures: 0 };
-                None
-            }
-            (State::Recovering { failures, .. } | State::Closed { failures }, None) => {
-                *failures = 0;
-                None
-            }
-            (
-                State::Recovering { failures, .. } | State::Closed { failures },
-                Some((error, asked)),
-            ) => {
-                *failures += 1;
-                if *failures < self.failures_max {
-                    return None;
+        let sign = Sign::of(outcome);
+        let limits = self.limits();
+        match &mut self.state {
+            State::Open(_) => self.note_probe(sign, now),
+            State::Closed { evidence, .. } => {
+                let was_failing = evidence.is_failing(limits);
+                evidence.note(id, &sign, limits);
+                if let Sign::Silent(fault) = sign
+                    && evidence.is_down(limits)
+                {
+                    self.open(fault, now);
+                    return Some(Change::Opened);
                 }
-                self.open(PROBE_PAUSE_MIN, asked, error, now);
-                Some(Change::Opened)
+                match (was_failing, evidence.is_failing(limits)) {
+                    (false, true) => Some(Change::Failing),
+                    (true, false) => Some(Change::Working),
+                    _ => None,
+                }
             }
         }
     }
 
-    fn open(&mut self, pause: Duration, asked: Option<Duration>, error: String, now: Instant) {
-        let wait = pause.max(asked.unwrap_or_default().min(PROBE_PAUSE_MAX));
-        self.enter(State::Open {
-            probe_at: now + wait,
-            pause,
-            probing_until: None,
-            error,
-        });
+    fn open(&mut self, fault: Fault, now: Instant) {
+        let asked = fault.asked.unwrap_or_default().min(PROBE_PAUSE_MAX);
+        self.enter(State::Open(Open {
+            since: now,
+            next_round: now + PROBE_PAUSE_MIN.max(asked),
+            pause: PROBE_PAUSE_MIN,
+            width: self.width(&fault),
+            left: 0,
+            has_failed: false,
+            error: fault.error,
+        }));
+    }
+
+    fn note_probe(&mut self, sign: Sign, now: Instant) -> Option<Change> {
+        let width = match &sign {
+            Sign::Silent(fault) => self.width(fault),
+            _ => 1,
+        };
+        let State::Open(open) = &mut self.state else {
+            return None;
+        };
+        match sign {
+            Sign::Works | Sign::Fails => {
+                let recovery = open.recovery(now);
+                self.enter(closed(Some(recovery)));
+                Some(Change::Recovered)
+            }
+            Sign::Silent(fault) => open.fail(fault, width, now).then_some(Change::ProbeFailed),
+            Sign::Nothing => {
+                open.give_back();
+                None
+            }
+        }
+    }
+
+    /// Probes at once. Where there is no connection one tells as much as many; else the fault may
+    /// be the request's.
+    fn width(&self, fault: &Fault) -> u32 {
+        if fault.is_unreachable {
+            1
+        } else {
+            self.failures_max.clamp(1, PROBES_MAX)
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits::new(self.failures_max)
     }
 
     fn enter(&mut self, state: State) {
@@ -171,61 +290,52 @@ impl Breaker {
         self.era.0 += 1;
     }
 
-    fn has_recovered(&self, now: Instant) -> bool {
-        match self.state {
-            State::Closed { .. } => true,
-            State::Open { .. } => false,
-            State::Recovering { since, .. } => {
-                now.saturating_duration_since(since) >= Duration::from_secs(DOUBLINGS.into())
-            }
-        }
-    }
-
     /// Whether new requests may go direct.
     pub fn is_closed(&self, now: Instant) -> bool {
-        self.has_recovered(now)
+        self.pace(now) == Pace::Full
     }
 
     /// How fast the queue may go.
     pub fn pace(&self, now: Instant) -> Pace {
         match &self.state {
-            State::Open {
-                probe_at,
-                probing_until,
-                ..
-            } => match probing_until.unwrap_or(*probe_at) {
-                next if now < next => Pace::Stopped(next),
-                _ => Pace::Probe,
-            },
-            State::Recovering { since, .. } if !self.has_recovered(now) => {
-                let seconds = now.saturating_duration_since(*since).as_secs();
-                let doublings = u32::try_from(seconds).unwrap_or(DOUBLINGS);
-                Pace::Share(f64::from(1_u32 << doublings) / f64::from(1_u32 << DOUBLINGS))
+            State::Open(open) => open.pace(now),
+            State::Closed { evidence, recovery } => {
+                let share = recovery.and_then(|recovery| recovery.share(now));
+                if self.is_failing(evidence) {
+                    return Pace::Sample(share.unwrap_or(1.0).min(FAILING_SHARE));
+                }
+                share.map_or(Pace::Full, Pace::Share)
             }
-            State::Recovering { .. } | State::Closed { .. } => Pace::Full,
         }
+    }
+
+    fn is_failing(&self, evidence: &Evidence) -> bool {
+        self.failures_max > 0 && evidence.is_failing(self.limits())
     }
 
     /// What was wrong last, while it is open.
     pub fn fault(&self) -> Option<&str> {
         match &self.state {
-            State::Open { error, .. } => Some(error),
-            State::Closed { .. } | State::Recovering { .. } => None,
+            State::Open(open) => Some(&open.error),
+            State::Closed { .. } => None,
+        }
+    }
+
+    /// The state's name, for people.
+    pub fn name(&self, now: Instant) -> &'static str {
+        match &self.state {
+            State::Open(_) => "open",
+            State::Closed { evidence, .. } if self.is_failing(evidence) => "slowed",
+            State::Closed { .. } if self.pace(now) == Pace::Full => "closed",
+            State::Closed { .. } => "recovering",
         }
     }
 }
 
-/// What says that the destination is down, or over its limits: no answer, 5xx and 429. Any other
-/// answer shows that it works, whatever it thinks of the request. With it, how long it asks to be
-/// left alone.
-fn failure(outcome: &Outcome) -> Option<(String, Option<Duration>)> {
-    match outcome {
-        Outcome::Unreachable(error) | Outcome::Unanswered(error) => Some((error.clone(), None)),
-        Outcome::Answered {
-            status: status @ (429 | 500..=599),
-            retry_after,
-        } => Some((format!("destination answered {status}"), *retry_after)),
-        Outcome::Answered { .. } | Outcome::Unsendable(_) => None,
+fn closed(recovery: Option<Recovery>) -> State {
+    State::Closed {
+        evidence: Evidence::default(),
+        recovery,
     }
 }
 
@@ -274,8 +384,9 @@ impl Destination {
         self.breaker().permit(Instant::now())
     }
 
-    pub fn note(&self, era: Era, outcome: &Outcome) {
-        let change = self.breaker().note(era, outcome, Instant::now());
+    /// See [`Breaker::note`].
+    pub fn note(&self, era: Era, id: Uuid, outcome: &Outcome) {
+        let change = self.breaker().note(era, id, outcome, Instant::now());
         let Some(change) = change else { return };
         let error = self.fault().unwrap_or_default();
         match change {
@@ -289,6 +400,16 @@ impl Destination {
             Change::Recovered => {
                 self.metrics.breaker.open.set(0);
                 log::warn!("destination works again: the queue starts slowly");
+            }
+            Change::Failing => {
+                if let Some(suppressed) = FAILING.allow() {
+                    log::error!(suppressed; "destination answers nothing but errors: the queue slows down, requests wait there");
+                }
+            }
+            Change::Working => {
+                if let Some(suppressed) = WORKING.allow() {
+                    log::warn!(suppressed; "destination answers without errors again");
+                }
             }
         }
     }
@@ -320,167 +441,12 @@ impl Destination {
         self.breaker().pace(Instant::now())
     }
 
+    /// See [`Breaker::name`].
+    pub fn name(&self) -> &'static str {
+        self.breaker().name(Instant::now())
+    }
+
     pub fn fault(&self) -> Option<String> {
         self.breaker().fault().map(str::to_owned)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn down() -> Outcome {
-        Outcome::Unreachable("refused".into())
-    }
-
-    fn answered(status: u16, retry_after: Option<u64>) -> Outcome {
-        Outcome::Answered {
-            status,
-            retry_after: retry_after.map(Duration::from_secs),
-        }
-    }
-
-    /// Makes an attempt, which must be granted.
-    fn attempt(breaker: &mut Breaker, outcome: &Outcome, now: Instant) -> Option<Change> {
-        match breaker.permit(now) {
-            Permit::Granted(era) => breaker.note(era, outcome, now),
-            Permit::Denied(_) => panic!("denied"),
-        }
-    }
-
-    fn opened(now: Instant) -> Breaker {
-        let mut breaker = Breaker::new(3);
-        for _ in 0..2 {
-            assert_eq!(attempt(&mut breaker, &down(), now), None);
-        }
-        assert_eq!(attempt(&mut breaker, &down(), now), Some(Change::Opened));
-        breaker
-    }
-
-    fn seconds(seconds: u64) -> Duration {
-        Duration::from_secs(seconds)
-    }
-
-    #[test]
-    fn only_failures_in_a_row_open_it() {
-        let now = Instant::now();
-        let mut breaker = Breaker::new(2);
-        for outcome in [
-            answered(200, None),
-            answered(404, None),
-            answered(301, None),
-        ] {
-            assert_eq!(attempt(&mut breaker, &down(), now), None);
-            assert_eq!(attempt(&mut breaker, &outcome, now), None);
-        }
-        assert_eq!(attempt(&mut breaker, &answered(429, None), now), None);
-        let change = attempt(&mut breaker, &answered(503, None), now);
-        assert_eq!(change, Some(Change::Opened));
-        assert_eq!(breaker.fault(), Some("destination answered 503"));
-        assert!(!breaker.is_closed(now));
-    }
-
-    #[test]
-    fn zero_never_opens_it() {
-        let now = Instant::now();
-        let mut breaker = Breaker::new(0);
-        for _ in 0..1000 {
-            assert_eq!(attempt(&mut breaker, &down(), now), None);
-        }
-        assert!(breaker.is_closed(now));
-        assert_eq!(breaker.pace(now), Pace::Full);
-    }
-
-    #[test]
-    fn one_probe_at_a_time_with_pauses_that_grow() {
-        let mut now = Instant::now();
-        let mut breaker = opened(now);
-        for pause in [1, 2, 4, 8, 16, 30, 30] {
-            let probe_at = now + seconds(pause);
-            assert_eq!(breaker.pace(now), Pace::Stopped(probe_at), "{pause}");
-            assert!(matches!(breaker.permit(now), Permit::Denied(_)));
-            now = probe_at;
-            assert_eq!(breaker.pace(now), Pace::Probe);
-            let Permit::Granted(era) = breaker.permit(now) else {
-                panic!("no probe");
-            };
-            assert!(matches!(breaker.permit(now), Permit::Denied(_)));
-            assert!(matches!(breaker.pace(now), Pace::Stopped(_)));
-            assert_eq!(breaker.note(era, &down(), now), Some(Change::ProbeFailed));
-        }
-    }
-
-    #[test]
-    fn a_probe_that_hangs_is_not_waited_for_without_end() {
-        let now = Instant::now();
-        let mut breaker = opened(now);
-        let later = now + seconds(1);
-        let Permit::Granted(hanging) = breaker.permit(later) else {
-            panic!("no probe");
-        };
-        let next = later + PROBE_PAUSE_MAX;
-        assert_eq!(breaker.permit(later), Permit::Denied(next));
-        assert_eq!(breaker.pace(next), Pace::Probe);
-        let change = attempt(&mut breaker, &answered(200, None), next);
-        assert_eq!(change, Some(Change::Recovered));
-        assert_eq!(breaker.note(hanging, &down(), next), None);
-    }
-
-    #[test]
-    fn a_probe_waits_as_long_as_it_was_asked_to() {
-        let now = Instant::now();
-        let mut breaker = Breaker::new(1);
-        attempt(&mut breaker, &answered(503, Some(10)), now);
-        assert_eq!(breaker.pace(now), Pace::Stopped(now + seconds(10)));
-        let later = now + seconds(10);
-        attempt(&mut breaker, &answered(429, Some(9999)), later);
-        assert_eq!(breaker.pace(later), Pace::Stopped(later + seconds(30)));
-    }
-
-    #[test]
-    fn it_closes_slowly() {
-        let now = Instant::now() + seconds(1);
-        let mut breaker = opened(now - seconds(1));
-        assert_eq!(
-            attempt(&mut breaker, &answered(200, None), now),
-            Some(Change::Recovered)
-        );
-        assert_eq!(breaker.fault(), None);
-        for (second, share) in [(0, 1.0), (1, 2.0), (2, 4.0), (3, 8.0), (4, 16.0)] {
-            let at = now + seconds(second);
-            assert_eq!(breaker.pace(at), Pace::Share(share / 32.0));
-            assert!(!breaker.is_closed(at));
-        }
-        let at = now + seconds(5);
-        assert_eq!(breaker.pace(at), Pace::Full);
-        assert!(breaker.is_closed(at));
-        // As many failures as ever open it again.
-        for _ in 0..2 {
-            assert_eq!(attempt(&mut breaker, &down(), at), None);
-        }
-        let change = attempt(&mut breaker, &down(), at);
-        assert_eq!(change, Some(Change::Opened));
-    }
-
-    #[test]
-    fn what_was_begun_before_says_nothing() {
-        let now = Instant::now();
-        let mut breaker = Breaker::new(2);
-        let early: Vec<_> = (0..9).map(|_| breaker.permit(now)).collect();
-        let note = |breaker: &mut Breaker, permit: Permit, outcome: &Outcome| match permit {
-            Permit::Granted(era) => breaker.note(era, outcome, now),
-            Permit::Denied(_) => panic!("denied"),
-        };
-        note(&mut breaker, early[0], &down());
-        assert_eq!(note(&mut breaker, early[1], &down()), Some(Change::Opened));
-        // One that succeeds now was sent when the destination still worked.
-        assert_eq!(note(&mut breaker, early[2], &answered(200, None)), None);
-        assert!(breaker.fault().is_some());
-        let later = now + seconds(1);
-        attempt(&mut breaker, &answered(200, None), later);
-        for permit in &early[3..] {
-            assert_eq!(note(&mut breaker, *permit, &down()), None);
-        }
-        assert_eq!(breaker.fault(), None);
     }
 }

@@ -4,7 +4,6 @@ pub mod bench;
 pub mod demo;
 pub mod doctor;
 pub mod migrate;
-pub mod printable;
 pub mod queue;
 pub mod sink;
 

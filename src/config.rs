@@ -79,7 +79,7 @@ settings! {
     "proxy.remote_url" = "http://localhost:5000", "a URL", "the destination; a path in it is put before each target";
     "proxy.request_timeout" = "120s", "a duration", "time for one attempt, from connecting to the end of the answer";
     "proxy.num_clients" = "700", "a whole number", "threads that deliver direct requests, and how many more may wait for them";
-    "proxy.breaker_failures" = "10", "a whole number", "failed attempts in a row after which only probes are sent until one succeeds; `0`: never";
+    "proxy.breaker_failures" = "10", "a whole number", "connections in a row that fail, or a twentieth of the different requests in a row that get no answer, after which only probes are sent; `0`: never";
     "proxy.ca_file" = "", "empty or a file", "PEM file with the authorities that an https destination's certificate may be from; empty: the system's";
     "proxy.client_cert_file" = "", "empty or a file", "PEM file with the certificate shown to an https destination, those of its issuers after it; empty: none";
     "proxy.client_key_file" = "", "empty or a file", "PEM file with its key, without a passphrase";

@@ -10,6 +10,7 @@ use crate::budget::{Budget, Permit};
 use crate::intake::builtin::{Received, Service};
 use crate::intake::{Answer, Intake};
 use crate::metrics::Metrics;
+use crate::printable;
 use crate::progress::Progress;
 use crate::queue::health::StoreHealth;
 use crate::request::path_of;
@@ -75,8 +76,10 @@ impl Service for Control {
     }
 }
 
+/// In which what others say is nothing but text.
 fn page(status: u16, text: impl Into<String>) -> Answer {
-    Answer::Page(status, text.into().into_bytes())
+    let text = printable::text(text.into().as_bytes());
+    Answer::Page(status, text.into_bytes())
 }
 
 impl Control {
@@ -109,10 +112,8 @@ impl Control {
     }
 
     fn status(&self) -> Answer {
-        Answer::Json(format!(
-            "{}\n",
-            self.status.to_json(self.intake.is_draining())
-        ))
+        let status = self.status.to_json(self.intake.is_draining());
+        Answer::Json(format!("{}\n", printable::json(&status)))
     }
 
     /// Whether requests can be taken, and what stands in the way.

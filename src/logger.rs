@@ -13,6 +13,8 @@ use std::time::{Duration, Instant, SystemTime};
 use log::kv::{self, Key, Value, VisitSource};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use crate::printable;
+
 /// Bytes of a message or value, before escaping; what is longer is cut.
 const VALUE_BYTES_MAX: usize = 1000;
 /// How often a limited event is logged.
@@ -167,16 +169,11 @@ fn push_quoted(line: &mut String, text: &str) {
 }
 
 /// Escapes quotes, backslashes, and all that is invisible or turns the direction of writing.
-pub(crate) fn push_escaped(line: &mut String, text: &str) {
-    for c in text.chars() {
-        match c {
-            '\'' => line.push(c),
-            // Letters and symbols by their category, but blank on the screen.
-            '\u{115f}' | '\u{1160}' | '\u{2800}' | '\u{3164}' | '\u{ffa0}' => {
-                line.extend(c.escape_unicode());
-            }
-            _ => line.extend(c.escape_debug()),
-        }
+fn push_escaped(line: &mut String, text: &str) {
+    for part in text.split_inclusive(['"', '\\']) {
+        let plain = part.trim_end_matches(['"', '\\']);
+        printable::push(line, plain);
+        line.extend(part[plain.len()..].chars().flat_map(char::escape_debug));
     }
 }
 

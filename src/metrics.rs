@@ -4,24 +4,22 @@
 //! accepted (direct + stored) = delivered + waiting + leased + spooled + in flight + dead + purged +
 //! lost, counted from an empty queue; late commits come on top of what was accepted.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+mod paths;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+pub use paths::PathMetrics;
+
 use crate::queue::Sample;
 use crate::settle::Outcome;
 use crate::trend::{Moment, Trend};
-
-/// Longest path that becomes a label, in bytes; a longer one counts as `other`.
-const PATH_LABEL_BYTES_MAX: usize = 200;
-
-/// Label of every path past `metrics.max_paths`.
-const OTHER: &str = "other";
+use paths::{PathLabels, Vecs};
 
 const ANSWER_BUCKETS: [f64; 11] = [
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0,
@@ -137,95 +135,6 @@ struct RowGauges {
     paused: IntGauge,
 }
 
-/// Metrics of one path.
-#[derive(Debug)]
-pub struct PathMetrics {
-    label: String,
-    pub requests: IntCounter,
-    pub answer_seconds: Histogram,
-    delivery_ok: Histogram,
-    delivery: HistogramVec,
-}
-
-impl PathMetrics {
-    /// Records how long an attempt took and how it ended, with the Go program's labels.
-    pub fn observe_attempt(&self, outcome: &Outcome, took: Duration) {
-        let seconds = took.as_secs_f64();
-        match outcome {
-            Outcome::Answered {
-                status: 200..=299, ..
-            } => self.delivery_ok.observe(seconds),
-            // Other numbers are no status codes: a closed set of labels, whatever is answered.
-            Outcome::Answered {
-                status: status @ 100..=599,
-                ..
-            } => self.observe_other(&format!("response {status}"), seconds),
-            Outcome::Answered { .. } => self.observe_other("response other", seconds),
-            Outcome::Unreachable(_) | Outcome::Unanswered(_) | Outcome::Unsendable(_) => {
-                self.observe_other("request error", seconds);
-            }
-        }
-    }
-
-    fn observe_other(&self, status: &str, seconds: f64) {
-        self.delivery
-            .with_label_values(&[self.label.as_str(), status])
-            .observe(seconds);
-    }
-}
-
-/// Hands out the metrics of a path, and of `other` once there are too many.
-#[derive(Debug)]
-struct PathLabels {
-    known: RwLock<HashMap<String, Arc<PathMetrics>>>,
-    paths_max: usize,
-    other: Arc<PathMetrics>,
-    requests: IntCounterVec,
-    answer_seconds: HistogramVec,
-    delivery: HistogramVec,
-}
-
-impl PathLabels {
-    fn of(&self, path: &str) -> Arc<PathMetrics> {
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(metrics) = known.get(path) {
-            return Arc::clone(metrics);
-        }
-        if known.len() >= self.paths_max || path.len() > PATH_LABEL_BYTES_MAX {
-            return Arc::clone(&self.other);
-        }
-        drop(known);
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= self.paths_max {
-            return Arc::clone(known.get(path).unwrap_or(&self.other));
-        }
-        let metrics = known.entry(path.to_owned()).or_insert_with(|| {
-            Arc::new(path_metrics(
-                path,
-                &self.requests,
-                &self.answer_seconds,
-                &self.delivery,
-            ))
-        });
-        Arc::clone(metrics)
-    }
-}
-
-fn path_metrics(
-    label: &str,
-    requests: &IntCounterVec,
-    answer_seconds: &HistogramVec,
-    delivery: &HistogramVec,
-) -> PathMetrics {
-    PathMetrics {
-        label: label.to_owned(),
-        requests: requests.with_label_values(&[label]),
-        answer_seconds: answer_seconds.with_label_values(&[label]),
-        delivery_ok: delivery.with_label_values(&[label, "OK"]),
-        delivery: delivery.clone(),
-    }
-}
-
 impl Metrics {
     /// # Errors
     /// The registry's, if two metrics had one name.
@@ -312,8 +221,15 @@ impl Metrics {
     }
 
     /// The metrics of a path (without its query).
-    pub fn path(&self, path: &str) -> Arc<PathMetrics> {
-        self.paths.of(path)
+    pub fn path(&self, path: &str, now: Instant) -> Arc<PathMetrics> {
+        self.paths.of(path, now)
+    }
+
+    /// Records how long an attempt took that began then, and how it ended.
+    pub fn observe_attempt(&self, path: &str, outcome: &Outcome, started: Instant) {
+        let took = started.elapsed();
+        self.paths
+            .observe_attempt(path, outcome, took, started + took);
     }
 
     pub fn reloads(&self) -> &Reloads {
@@ -457,15 +373,12 @@ impl Make {
             &["path", "status"],
             &DELIVERY_BUCKETS,
         )?;
-        let other = path_metrics(OTHER, &requests, &answer_seconds, &delivery);
-        Ok(PathLabels {
-            known: RwLock::new(HashMap::new()),
-            paths_max,
-            other: Arc::new(other),
+        let vecs = Vecs {
             requests,
             answer_seconds,
             delivery,
-        })
+        };
+        Ok(PathLabels::new(vecs, paths_max, Instant::now()))
     }
 
     fn attempts(&self) -> Result<[IntCounter; 3], prometheus::Error> {
@@ -629,11 +542,20 @@ mod tests {
         String::from_utf8(metrics.encode().unwrap()).unwrap()
     }
 
+    fn answered(status: u16) -> Outcome {
+        Outcome::Answered {
+            status,
+            retry_after: None,
+        }
+    }
+
     #[test]
     fn paths_are_capped_and_the_rest_is_other() {
         let metrics = Metrics::new(2).unwrap();
+        let now = Instant::now();
         for path in ["/a", "/b", "/c", "/a", &"/d".repeat(200)] {
-            metrics.path(path).requests.inc();
+            metrics.observe_attempt(path, &answered(200), now);
+            metrics.path(path, now).requests.inc();
         }
         let text = text(&metrics);
         assert!(text.contains("http_requests_total{path=\"/a\"} 2"));
@@ -643,31 +565,27 @@ mod tests {
     }
 
     #[test]
-    fn a_hostile_path_cannot_forge_a_metric() {
+    fn a_hostile_path_cannot_forge_a_metric_or_steer_a_terminal() {
         let metrics = Metrics::new(2).unwrap();
-        metrics.path("/\"} 1\nforged 1\n").requests.inc();
-        assert!(
-            !text(&metrics)
-                .lines()
-                .any(|line| line.starts_with("forged"))
-        );
+        let hostile = "/\"} 1\nforged 1\n\u{9b}2J\u{202e}\u{7f}";
+        metrics.observe_attempt(hostile, &answered(200), Instant::now());
+        let text = text(&metrics);
+        assert!(!text.lines().any(|line| line.starts_with("forged")));
+        assert!(text.contains("forged 1"), "{text}");
+        let is_plain = |c: char| c == '\n' || c.is_ascii_graphic() || c == ' ';
+        assert!(text.chars().all(is_plain), "{text}");
     }
 
     #[test]
     fn attempts_carry_the_go_programs_status_labels() {
         let metrics = Metrics::new(2).unwrap();
-        let answered = |status| Outcome::Answered {
-            status,
-            retry_after: None,
-        };
-        let path = metrics.path("/a");
         for outcome in [
             answered(204),
             answered(503),
             answered(999),
             Outcome::Unreachable("refused".into()),
         ] {
-            path.observe_attempt(&outcome, Duration::from_millis(3));
+            metrics.observe_attempt("/a", &outcome, Instant::now());
         }
         for status in ["OK", "response 503", "response other", "request error"] {
             let line = format!(

@@ -32,11 +32,7 @@ impl Status {
         let seconds = |duration: Duration| (duration.as_secs_f64() * 1000.0).round() / 1000.0;
         let per_second = |rate: f64| (rate * 10.0).round() / 10.0;
         let fault = self.destination.fault();
-        let breaker = match (&fault, self.destination.is_closed()) {
-            (Some(_), _) => "open",
-            (None, true) => "closed",
-            (None, false) => "recovering",
-        };
+        let breaker = self.destination.name();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "state": if is_draining { "draining" } else { "running" },

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::logger::LogLimit;
+use crate::printable;
 use crate::progress::Progress;
 use crate::status::Status;
 use crate::thread::Threads;
@@ -165,7 +166,7 @@ fn one_line(text: &str) -> String {
         if line.len() + character.len_utf8() > STATUS_BYTES_MAX {
             break;
         }
-        line.push(if character.is_control() {
+        line.push(if printable::is_hidden(character) {
             ' '
         } else {
             character

@@ -340,11 +340,9 @@ impl Worker {
         let sending = self.stage.work();
         let outcome = self.client.send(request, delivery.attempt);
         drop(sending);
-        self.shared.destination.note(era, &outcome);
+        self.shared.destination.note(era, request.id, &outcome);
         let metrics = &self.shared.metrics;
-        metrics
-            .path(request.path())
-            .observe_attempt(&outcome, started.elapsed());
+        metrics.observe_attempt(request.path(), &outcome, started);
         let age = SystemTime::now()
             .duration_since(request.received_at)
             .unwrap_or_default();

@@ -5,11 +5,12 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Sink, printable};
+use super::Sink;
 use crate::budget::{Budget, Permit};
 use crate::config::shown_address;
 use crate::intake::Answer;
 use crate::intake::builtin::{Acceptor, Received, Service, Times};
+use crate::printable;
 use crate::thread::Threads;
 
 /// Connections at once: more than proxies usually have workers.

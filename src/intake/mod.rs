@@ -212,9 +212,9 @@ impl builtin::Service for Intake {
 
     fn serve(&self, received: builtin::Received<'_>) -> Answer {
         let _busy = Busy::new(&self.metrics.busy_intake);
-        let path = self.metrics.path(path_of(received.head.target));
-        path.requests.inc();
         let started = received.started;
+        let path = self.metrics.path(path_of(received.head.target), started);
+        path.requests.inc();
         let answer = match received.record(self.mark()) {
             Err(why) => self.refuse(Answer::Invalid(why)),
             Ok((request, permit)) => {
@@ -231,8 +231,8 @@ impl builtin::Service for Intake {
     }
 
     fn serve_quickly(&self, received: builtin::Received<'_>) -> Option<Answer> {
-        let path = self.metrics.path(path_of(received.head.target));
         let started = received.started;
+        let path = self.metrics.path(path_of(received.head.target), started);
         let (request, permit) = received.record(self.mark()).ok()?;
         let admitted = self.admission.admit_quickly(request, permit)?;
         let took = started.elapsed();

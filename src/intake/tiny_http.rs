@@ -92,7 +92,7 @@ impl Acceptor {
         let started = Instant::now();
         let metrics = &self.intake.metrics;
         let _busy = Busy::new(&metrics.busy_intake);
-        let path = metrics.path(path_of(request.url()));
+        let path = metrics.path(path_of(request.url()), started);
         path.requests.inc();
         let answer = self.answer(&mut request, started);
         self.respond(request, answer);

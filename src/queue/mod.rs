@@ -9,7 +9,9 @@ pub mod migrate;
 pub mod operate;
 pub mod poller;
 pub mod postgres;
+pub mod probes;
 pub mod settler;
+pub mod shares;
 pub mod spool;
 pub mod sqlite;
 pub mod writer;
@@ -28,6 +30,9 @@ pub const BATCH_ROWS_MAX: usize = 500;
 
 /// Body and header bytes after which a batch takes no more rows.
 pub const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Probes are looked for among so many rows: what that costs does not grow with the queue.
+pub const PROBE_ROWS_MAX: usize = 500;
 
 /// Where requests wait. All durations count from the store's own clock, so that several
 /// instances on one store need not agree on the time.
@@ -54,6 +59,14 @@ pub trait Store: fmt::Debug + Send + Sync {
         bytes_max: usize,
         lease: Duration,
     ) -> Result<Claim, StoreError>;
+
+    /// Leases rows, as [`claim`](Store::claim) does, that are to find out whether the destination
+    /// works. Of up to [`PROBE_ROWS_MAX`] due ones at a spot in the queue, whatever `db.use_index`
+    /// says, those tried least are taken.
+    ///
+    /// # Errors
+    /// As [`claim`](Store::claim).
+    fn claim_probes(&self, wanted: &Probe<'_>, lease: Duration) -> Result<Claim, StoreError>;
 
     /// Carries out what was decided about claimed rows. A settlement that does not match the
     /// row's current attempt changes nothing: someone else has claimed it since.
@@ -96,6 +109,29 @@ impl Class {
             Class::Retried
         }
     }
+}
+
+/// Where in the queue to look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spot {
+    /// Where the rows are that have been due for longest.
+    Front,
+    /// Where those are that have just become due.
+    End,
+    /// At some of all, whichever. May miss what is there.
+    Anywhere,
+}
+
+/// Which rows may be probes.
+#[derive(Debug, Clone, Copy)]
+pub struct Probe<'a> {
+    pub class: Class,
+    pub spot: Spot,
+    pub limit: usize,
+    /// As for a claim.
+    pub bytes_max: usize,
+    /// Not these.
+    pub except: &'a [Uuid],
 }
 
 /// One of something for each class.

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::health::StoreHealth;
-use super::{BATCH_ROWS_MAX, ByClass, Class, Store};
+use super::probes::Probes;
+use super::shares::{Got, Looked, Shares};
+use super::{BATCH_ROWS_MAX, ByClass, Claim, Class, Probe, Store, StoreError};
 use crate::breaker::{Destination, Pace};
 use crate::budget::Budget;
 use crate::limiter::TokenBucket;
@@ -172,14 +174,13 @@ pub struct Poller {
     pub deliveries: ByClass<Sender<Delivery>>,
 }
 
-/// What came of a look into the store.
-#[derive(Debug, Default)]
-struct Looked {
-    claimed: usize,
-    /// There may be more at once.
-    is_more: bool,
-    /// How long nothing will come, whoever asks.
-    held_back: Option<Duration>,
+/// What the poller remembers from one look into the store to the next.
+#[derive(Debug)]
+struct Memory {
+    shares: Shares,
+    probes: Probes,
+    /// When retried rows are worth looking for again.
+    retried_at: Instant,
 }
 
 impl Poller {
@@ -188,7 +189,11 @@ impl Poller {
         let mut bucket = TokenBucket::new(self.per_second.load(Ordering::Relaxed), Instant::now());
         let mut pause = PAUSE_MIN;
         let mut not_before = Instant::now();
-        let mut retried_at = not_before;
+        let mut memory = Memory {
+            shares: Shares::default(),
+            probes: Probes::default(),
+            retried_at: not_before,
+        };
         loop {
             let pace = self.destination.pace();
             let limit = if Instant::now() < not_before {
@@ -200,12 +205,14 @@ impl Poller {
             // While the store does not work, nobody but this tells when it works again.
             let looked = if limit > 0 || self.health.fault().is_some() {
                 let _work = self.stage.work();
-                self.claim_both(limit, &mut retried_at)
+                self.look(pace, limit, &mut memory)
             } else {
                 Looked::default()
             };
-            // At most one second's worth, which fits into u32.
-            bucket.take(u32::try_from(looked.claimed).unwrap_or(u32::MAX));
+            // At most one second's worth, which fits into u32; but for probes, which are few.
+            let claimed = u32::try_from(looked.claimed).unwrap_or(u32::MAX);
+            let available = bucket.available(Instant::now());
+            bucket.take(claimed.min(available));
             if let Some(held_back) = looked.held_back {
                 pause = PAUSE_MIN;
                 not_before = Instant::now() + held_back;
@@ -238,13 +245,17 @@ impl Poller {
         let now = Instant::now();
         bucket.set_rate(self.rate(pace), now);
         match (pace, self.bytes_max()) {
-            // The probe is on its way.
-            (Pace::Probe, _) if self.has_unstarted() => 0,
-            (Pace::Probe, _) => 1,
+            // The probes are on their way.
+            (Pace::Probe(_), _) if self.has_unstarted() => 0,
+            (Pace::Probe(probes), _) => {
+                let per_second = self.per_second.load(Ordering::Relaxed).max(1);
+                // All that wait for a worker are gone, so that there is room for these.
+                self.room.retried.limit.min(probes.min(per_second) as usize)
+            }
             // What will make room is on its way.
             (_, 0) if self.room.claimed() > 0 => 0,
             (Pace::Stopped(_), _) => 0,
-            (Pace::Full | Pace::Share(_), _) => {
+            (Pace::Full | Pace::Share(_) | Pace::Sample(_), _) => {
                 let tokens = bucket.available(now) as usize;
                 self.room.all.available().min(tokens).min(BATCH_ROWS_MAX)
             }
@@ -266,8 +277,10 @@ impl Poller {
         let per_second = self.per_second.load(Ordering::Relaxed);
         match pace {
             Pace::Full => per_second,
-            Pace::Share(share) => ((f64::from(per_second) * share) as u32).max(1),
-            Pace::Probe | Pace::Stopped(_) => 1,
+            Pace::Share(share) | Pace::Sample(share) => {
+                ((f64::from(per_second) * share) as u32).max(1)
+            }
+            Pace::Probe(_) | Pace::Stopped(_) => 1,
         }
     }
 
@@ -307,50 +320,96 @@ impl Poller {
         (self.budget.limit_bytes() / 2).saturating_sub(self.budget.held_bytes())
     }
 
-    /// Claims rows of both classes: of those that were retried at most half, and not more than
-    /// there are workers for, so that neither class keeps the other waiting.
-    fn claim_both(&self, limit: usize, retried_at: &mut Instant) -> Looked {
-        let retried_limit = if Instant::now() < *retried_at {
-            0
-        } else {
-            limit.div_ceil(2).min(self.room.retried.available())
-        };
-        let mut looked = Looked::default();
-        if retried_limit > 0 {
-            looked = self.claim(Class::Retried, retried_limit);
-            if looked.claimed == 0 {
-                *retried_at = Instant::now() + RETRIED_PAUSE;
+    /// Claims up to `limit` rows, as the pace wants them. A store that does not work is asked in any
+    /// case.
+    fn look(&self, pace: Pace, limit: usize, memory: &mut Memory) -> Looked {
+        match pace {
+            Pace::Full | Pace::Share(_) => {
+                memory.probes.forget();
+                self.claim_both(limit, memory)
             }
-        }
-        let fresh_limit = limit - looked.claimed;
-        let is_down = retried_limit > 0 && self.health.fault().is_some();
-        let is_filled = looked.claimed > 0 && fresh_limit == 0;
-        let is_over = looked.held_back.is_some() || is_filled || is_down;
-        if is_over {
-            return looked;
-        }
-        let fresh = self.claim(Class::Fresh, fresh_limit);
-        Looked {
-            claimed: looked.claimed + fresh.claimed,
-            is_more: looked.is_more || fresh.is_more,
-            held_back: fresh.held_back,
+            Pace::Probe(_) | Pace::Sample(_) if limit > 0 => self.claim_probes(limit, memory),
+            Pace::Probe(_) | Pace::Sample(_) | Pace::Stopped(_) => self.claim_both(limit, memory),
         }
     }
 
-    fn claim(&self, class: Class, limit: usize) -> Looked {
+    /// Claims rows of both classes, of the retried ones not more than there are workers for, so
+    /// that neither class keeps the other waiting.
+    fn claim_both(&self, limit: usize, memory: &mut Memory) -> Looked {
+        let retried_max = if Instant::now() < memory.retried_at {
+            0
+        } else {
+            self.room.retried.available()
+        };
+        let looked = memory.shares.claim(limit, retried_max, |class, limit| {
+            self.claim(class, limit).unwrap_or(Got {
+                is_over: true,
+                ..Got::default()
+            })
+        });
+        if looked.no_retried {
+            memory.retried_at = Instant::now() + RETRIED_PAUSE;
+        }
+        looked
+    }
+
+    fn claim(&self, class: Class, limit: usize) -> Option<Got> {
         // The lease begins no sooner than this.
         let (lease, send_until) = lease(self.request_timeout);
         let result = self.store.claim(class, limit, self.bytes_max(), lease);
-        let Ok(claim) = self.health.note("claim", result, &self.metrics) else {
-            return Looked::default();
+        let claim = self.count(result)?;
+        let got = Got {
+            rows: claim.rows.len(),
+            first: claim.rows.iter().filter(|row| row.attempt == 1).count(),
+            held_back: claim.held_back,
+            is_over: false,
         };
+        self.hand_over(class, claim, send_until);
+        Some(got)
+    }
+
+    /// Claims rows that find out whether the destination works.
+    fn claim_probes(&self, limit: usize, memory: &mut Memory) -> Looked {
+        let mut looked = Looked::default();
+        looked.claimed = memory.probes.claim(limit, |class, spot, limit, except| {
+            let limit = match class {
+                Class::Fresh => limit,
+                Class::Retried => limit.min(self.room.retried.available()),
+            };
+            if looked.held_back.is_some() || limit == 0 {
+                return None;
+            }
+            let (lease, send_until) = lease(self.request_timeout);
+            let wanted = Probe {
+                class,
+                spot,
+                limit,
+                bytes_max: self.bytes_max(),
+                except,
+            };
+            let result = self.store.claim_probes(&wanted, lease);
+            let claim = self.count(result)?;
+            looked.held_back = claim.held_back;
+            let ids = claim.rows.iter().map(|row| row.request.id).collect();
+            self.hand_over(class, claim, send_until);
+            Some(ids)
+        });
+        looked
+    }
+
+    /// Counts what a claim brought; `None` if the store does not work.
+    fn count(&self, result: Result<Claim, StoreError>) -> Option<Claim> {
+        let claim = self.health.note("claim", result, &self.metrics).ok()?;
         self.health.depth.leave(claim.unreadable);
         self.metrics.unreadable.inc_by(claim.unreadable);
-        let count = claim.rows.len();
-        if count > 0 {
+        if !claim.rows.is_empty() {
             #[expect(clippy::cast_precision_loss, reason = "at most BATCH_ROWS_MAX")]
-            self.metrics.batch_claim.observe(count as f64);
+            self.metrics.batch_claim.observe(claim.rows.len() as f64);
         }
+        Some(claim)
+    }
+
+    fn hand_over(&self, class: Class, claim: Claim, send_until: Instant) {
         for row in claim.rows {
             let permit = self.budget.holding(row.request.body.len());
             self.room.enter(class);
@@ -360,11 +419,6 @@ impl Poller {
             if self.deliveries.of(class).send(delivery).is_err() {
                 self.room.leave(class);
             }
-        }
-        Looked {
-            claimed: count,
-            is_more: count == limit && limit > 0,
-            held_back: claim.held_back,
         }
     }
 }

@@ -25,15 +25,19 @@ use uuid::Uuid;
 
 use super::migrate::{Policy, Step, Version};
 use super::{
-    BATCH_BYTES_MAX, ByClass, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled,
-    Settlement, Store, StoreError,
+    BATCH_BYTES_MAX, ByClass, Claim, Claimed, Class, Decision, Fate, NewRow, PROBE_ROWS_MAX, Probe,
+    Sample, Settled, Settlement, Spot, Store, StoreError,
 };
 use crate::config::PostgresServer;
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
 use connections::{Connections, Fault};
 use start::Start;
-use statements::{APPEND, APPEND_DEAD, CLAIM, CLAIM_UNORDERED, PURGE, SAMPLE, SETTLE};
+use statements::{
+    APPEND, APPEND_DEAD, CLAIM, CLAIM_BY_TOKENS, CLAIM_BY_TOKENS_UNORDERED, CLAIM_UNORDERED, PROBE,
+    PROBE_ANYWHERE, PROBE_ANYWHERE_BY_TOKENS, PROBE_BY_TOKENS, PROBE_END, PROBE_END_BY_TOKENS,
+    PURGE, SAMPLE, SETTLE,
+};
 
 /// The longest delay or lease: what is later may as well be then.
 const DELAY_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
@@ -116,6 +120,26 @@ impl PostgresStore {
     ) -> Result<T, StoreError> {
         self.connections.run(timeout, operation, |_, _| Ok(()))
     }
+
+    fn shared_rate(&self) -> Option<u32> {
+        let rate = self.shared_rate.as_ref();
+        rate.map(|rate| rate.load(Ordering::Relaxed))
+    }
+
+    /// Runs a claim; rows that come too late are released.
+    fn claiming(
+        &self,
+        operation: impl Fn(&mut Client) -> Result<Claim, Fault> + Send + 'static,
+    ) -> Result<Claim, StoreError> {
+        self.connections
+            .run(self.timeout, operation, |client, unwanted| {
+                let mut outcomes = Outcomes::default();
+                for row in &unwanted.rows {
+                    outcomes.add(row.request.id, to_i32(row.attempt), &Decision::Release);
+                }
+                outcomes.settle(client).map(drop)
+            })
+    }
 }
 
 /// Applies what is pending to a database, however long that takes; `timeout` is for connecting.
@@ -150,27 +174,35 @@ impl Store for PostgresStore {
         lease: Duration,
     ) -> Result<Claim, StoreError> {
         let start = self.use_index.then(|| Arc::clone(self.starts.of(class)));
-        let rate = self.shared_rate.as_ref();
-        let shared_rate = rate.map(|rate| rate.load(Ordering::Relaxed));
-        self.connections.run(
-            self.timeout,
-            move |client| {
-                claim(
-                    client,
-                    class,
-                    start.as_deref(),
-                    shared_rate,
-                    (limit, bytes_max, lease),
-                )
-            },
-            |client, unwanted| {
-                let mut outcomes = Outcomes::default();
-                for row in &unwanted.rows {
-                    outcomes.add(row.request.id, to_i32(row.attempt), &Decision::Release);
-                }
-                outcomes.settle(client).map(drop)
-            },
-        )
+        let shared_rate = self.shared_rate();
+        self.claiming(move |client| {
+            claim(
+                client,
+                class,
+                start.as_deref(),
+                shared_rate,
+                (limit, bytes_max, lease),
+            )
+        })
+    }
+
+    fn claim_probes(&self, wanted: &Probe<'_>, lease: Duration) -> Result<Claim, StoreError> {
+        let shared_rate = self.shared_rate();
+        let statements = match (wanted.spot, shared_rate) {
+            (Spot::Front, None) => PROBE,
+            (Spot::End, None) => PROBE_END,
+            (Spot::Anywhere, None) => PROBE_ANYWHERE,
+            (Spot::Front, Some(_)) => PROBE_BY_TOKENS,
+            (Spot::End, Some(_)) => PROBE_END_BY_TOKENS,
+            (Spot::Anywhere, Some(_)) => PROBE_ANYWHERE_BY_TOKENS,
+        };
+        let statement = *statements.of(wanted.class);
+        let (limit, bytes_max) = (wanted.limit, wanted.bytes_max);
+        let except = wanted.except.to_vec();
+        self.claiming(move |client| {
+            let claimed = (limit, bytes_max, lease);
+            claim_probes(client, statement, shared_rate, claimed, &except)
+        })
     }
 
     fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
@@ -273,24 +305,57 @@ fn claim(
     let lease = to_seconds(lease);
     let begun = Instant::now();
     let from = start.and_then(|start| start.get(begun));
-    let parameters: [Parameter<'_>; 4] = [
+    let rate = f64::from(shared_rate.unwrap_or_default());
+    let parameters: [Parameter<'_>; 5] = [
         (&limit, Type::INT8),
         (&lease, Type::FLOAT8),
         (&bytes_max, Type::INT8),
         (&from, Type::TIMESTAMPTZ),
+        (&rate, Type::FLOAT8),
     ];
-    let (rows, held_back) = match (shared_rate, start) {
-        (Some(rate), _) => tokens::claim(client, class, start.is_some(), &parameters, limit, rate)?,
-        (None, Some(_)) => (client.query_typed(CLAIM.of(class), &parameters)?, None),
-        (None, None) => {
-            let rows = client.query_typed(CLAIM_UNORDERED.of(class), &parameters)?;
-            (rows, None)
-        }
+    let statements = match (shared_rate, start) {
+        (Some(_), Some(_)) => CLAIM_BY_TOKENS,
+        (Some(_), None) => CLAIM_BY_TOKENS_UNORDERED,
+        (None, Some(_)) => CLAIM,
+        (None, None) => CLAIM_UNORDERED,
+    };
+    let statement = statements.of(class);
+    let (rows, held_back) = match shared_rate {
+        Some(_) => tokens::claim(client, statement, &parameters, limit, rate)?,
+        None => (client.query_typed(statement, &parameters[..4])?, None),
     };
     let last_due = rows.iter().filter_map(|row| row.try_get("due_at").ok());
     if let (Some(start), Some(last_due)) = (start, last_due.max()) {
         start.note(from, begun.elapsed(), last_due);
     }
+    let claim = sort_out(client, rows)?;
+    Ok(Claim { held_back, ..claim })
+}
+
+/// Claims none of `except` with a statement of [`PROBE`] or one of its kind.
+fn claim_probes(
+    client: &mut Client,
+    statement: &str,
+    shared_rate: Option<u32>,
+    (limit, bytes_max, lease): (usize, usize, Duration),
+    except: &[Uuid],
+) -> Result<Claim, Fault> {
+    let to_i64 = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+    let rate = f64::from(shared_rate.unwrap_or_default());
+    let parameters: [Parameter<'_>; 7] = [
+        (&to_i64(limit), Type::INT8),
+        (&to_seconds(lease), Type::FLOAT8),
+        (&to_i64(bytes_max.max(1)), Type::INT8),
+        (&None::<SystemTime>, Type::TIMESTAMPTZ),
+        (&rate, Type::FLOAT8),
+        (&except, Type::UUID_ARRAY),
+        // Those that are passed over count as well.
+        (&to_i64(PROBE_ROWS_MAX + except.len()), Type::INT8),
+    ];
+    let (rows, held_back) = match shared_rate {
+        Some(_) => tokens::claim(client, statement, &parameters, to_i64(limit), rate)?,
+        None => (client.query_typed(statement, &parameters)?, None),
+    };
     let claim = sort_out(client, rows)?;
     Ok(Claim { held_back, ..claim })
 }

@@ -7,6 +7,7 @@
 mod file;
 pub mod inspect;
 mod operate;
+mod probes;
 mod spooled;
 mod statements;
 
@@ -19,8 +20,8 @@ use uuid::Uuid;
 
 use super::migrate::Policy;
 use super::{
-    BATCH_BYTES_MAX, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled, Settlement,
-    Store, StoreError,
+    BATCH_BYTES_MAX, Claim, Claimed, Class, Decision, Fate, NewRow, Probe, Sample, Settled,
+    Settlement, Store, StoreError,
 };
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
@@ -182,9 +183,8 @@ impl Store for SqliteStore {
     ) -> Result<Claim, StoreError> {
         self.write(|transaction| {
             let now = now_ms();
-            let mut claim = Claim::default();
             if transaction.query_row(IS_PAUSED, [], |row| row.get(0))? {
-                return Ok(claim);
+                return Ok(Claim::default());
             }
             let mut select = transaction.prepare(match (class, self.use_index) {
                 (Class::Fresh, true) => SELECT_FRESH,
@@ -192,7 +192,6 @@ impl Store for SqliteStore {
                 (Class::Fresh, false) => SELECT_FRESH_UNORDERED,
                 (Class::Retried, false) => SELECT_RETRIED_UNORDERED,
             })?;
-            let mut lease_one = transaction.prepare(LEASE)?;
             // Collected before anything is changed that the SELECT walks along.
             let (mut due, mut bytes) = (Vec::with_capacity(limit), 0);
             let mut rows = select.query(params![now, i64::try_from(limit).unwrap_or(i64::MAX)])?;
@@ -205,21 +204,18 @@ impl Store for SqliteStore {
                 }
             }
             drop(rows);
-            for (seq, read) in due {
-                match read {
-                    Ok(claimed) => {
-                        lease_one.execute(params![seq, add_ms(now, lease)])?;
-                        claim.rows.push(claimed);
-                    }
-                    Err(why) => {
-                        let why = format!("row cannot be read: {why}");
-                        transaction.execute(BURY_UNREADABLE, params![seq, now, why])?;
-                        transaction.execute(DELETE_UNREADABLE, [seq])?;
-                        claim.unreadable += 1;
-                    }
-                }
+            lease_all(transaction, due, add_ms(now, lease), now)
+        })
+    }
+
+    fn claim_probes(&self, wanted: &Probe<'_>, lease: Duration) -> Result<Claim, StoreError> {
+        self.write(|transaction| {
+            let now = now_ms();
+            if transaction.query_row(IS_PAUSED, [], |row| row.get(0))? {
+                return Ok(Claim::default());
             }
-            Ok(claim)
+            let due = probes::due(transaction, wanted, now)?;
+            lease_all(transaction, due, add_ms(now, lease), now)
         })
     }
 
@@ -317,6 +313,35 @@ impl Store for SqliteStore {
                 .map_err(|error| self.describe(&error))
         })
     }
+}
+
+/// A row by its place, and as it was read.
+type Due = (i64, Result<Claimed, String>);
+
+/// Leases rows until then; buries those that could not be read.
+fn lease_all(
+    transaction: &Transaction<'_>,
+    due: Vec<Due>,
+    until: i64,
+    now: i64,
+) -> rusqlite::Result<Claim> {
+    let mut claim = Claim::default();
+    let mut lease_one = transaction.prepare(LEASE)?;
+    for (seq, read) in due {
+        match read {
+            Ok(claimed) => {
+                lease_one.execute(params![seq, until])?;
+                claim.rows.push(claimed);
+            }
+            Err(why) => {
+                let why = format!("row cannot be read: {why}");
+                transaction.execute(BURY_UNREADABLE, params![seq, now, why])?;
+                transaction.execute(DELETE_UNREADABLE, [seq])?;
+                claim.unreadable += 1;
+            }
+        }
+    }
+    Ok(claim)
 }
 
 /// Reads a row of `SELECT_DUE`, for the attempt to come.

@@ -83,27 +83,45 @@ fn without_a_queue_direct_requests_wait_for_the_probe() {
     assert_eq!(destination.seen().len(), 60);
 }
 
-#[test]
-fn a_destination_that_is_back_is_not_flattened() {
-    const RATE: usize = 320;
+/// How many arrive within so many seconds after the first, once the destination is back and after
+/// so many probes have failed.
+fn arrivals(route: Route, rate: usize, failed_probes: usize) -> [usize; 2] {
     const ROWS: usize = 500;
     let mut destination = Destination::down();
-    let setup = with_breaker(Route::Sqlite.to(&destination)).set("queue.handle_per_second", RATE);
+    let setup = with_breaker(route.to(&destination)).set("queue.handle_per_second", rate);
     let proxy = setup.start();
     let first = open_breaker(&proxy);
     proxy.accept(first..ROWS);
+    let before = proxy.metrics().attempts("later");
+    wait_until("probes", || {
+        proxy.metrics().attempts("later") >= before + failed_probes as f64
+    });
     destination.open();
     let seen = destination.wait_for(ROWS, PATIENCE);
+    metrics::assert_settled(&proxy, ROWS);
     let begin = seen[0].at;
-    let within = |seconds| {
+    [1, 2].map(|seconds| {
         let end = begin + Duration::from_secs(seconds);
         seen.iter().filter(|seen| seen.at < end).count()
-    };
+    })
+}
+
+#[test]
+fn a_destination_that_is_back_is_not_flattened() {
+    const RATE: usize = 320;
+    // The next probe is made when it was down for 15 s.
+    let [one, two] = arrivals(Route::Sqlite, RATE, 3);
     // 10, 20, 40, ... a second, and what the bucket holds at each step; at full rate it would be
     // up to 640 within the first second.
-    assert!(within(1) <= RATE / 8, "{} in the first second", within(1));
-    assert!(within(2) <= RATE / 3, "{} in two seconds", within(2));
-    metrics::assert_settled(&proxy, ROWS);
+    assert!(one <= RATE / 8, "{one} in the first second");
+    assert!(two <= RATE / 3, "{two} in two seconds");
+}
+
+#[test]
+fn after_a_short_time_the_queue_begins_with_half_of_its_rate() {
+    const RATE: usize = 320;
+    let [one, _] = arrivals(Route::Sqlite, RATE, 0);
+    assert!(one <= RATE * 5 / 8, "{one} in the first second");
 }
 
 fn a_stop_meanwhile_is_quick_and_costs_no_attempts(route: Route) {

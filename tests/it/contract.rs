@@ -83,6 +83,13 @@ impl Dialect {
         }
     }
 
+    pub fn yes(self) -> &'static str {
+        match self {
+            Dialect::Sqlite => "1",
+            Dialect::Postgres => "true",
+        }
+    }
+
     /// Microseconds since 1970.
     pub fn micros(self, time: &str) -> String {
         match self {
@@ -112,7 +119,7 @@ impl Bench {
     }
 
     /// With a rate that stores share, and that is never reached.
-    fn postgres_by_tokens(is_ordered: bool, is_pooled: bool) -> Bench {
+    pub fn postgres_by_tokens(is_ordered: bool, is_pooled: bool) -> Bench {
         Bench::postgres_with(is_ordered, is_pooled, |store| store.sharing_rate(1_000_000))
     }
 
@@ -211,6 +218,8 @@ macro_rules! contract {
         }
     };
 }
+
+pub(crate) use contract;
 
 contract!(
     empty_batches_change_nothing,

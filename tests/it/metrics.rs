@@ -86,16 +86,23 @@ fn the_go_programs_metrics_keep_their_names_and_labels() {
     });
     let setup = Setup::new(&destination.url());
     let proxy = setup.start();
+    // A path is a label once something was delivered there.
+    for target in ["/hook?first", "/gone?first", "/fine?first"] {
+        let request = http::request("POST", target, &[], b"");
+        assert_eq!(proxy.send(&request).status, 200);
+    }
+    metrics::assert_settled(&proxy, 3);
     proxy.accept(0..1);
     for target in ["/gone?x=2", "/fine?secret=1", "/fine?secret=2"] {
         let request = http::request("POST", target, &[], b"");
         assert_eq!(proxy.send(&request).status, 200);
     }
-    destination.wait_for(6, PATIENCE);
-    let metrics = metrics::assert_settled(&proxy, 4);
+    destination.wait_for(9, PATIENCE);
+    let metrics = metrics::assert_settled(&proxy, 7);
     for (name, count) in [
         ("http_requests_total{path=\"/hook\"}", 1.0),
         ("http_requests_total{path=\"/fine\"}", 2.0),
+        ("http_requests_total{path=\"other\"}", 3.0),
         ("http_response_time_seconds_count{path=\"/fine\"}", 2.0),
         (
             "http_proxy_response_time_seconds_count{path=\"/hook\",status=\"response 500\"}",
@@ -103,7 +110,7 @@ fn the_go_programs_metrics_keep_their_names_and_labels() {
         ),
         (
             "http_proxy_response_time_seconds_count{path=\"/hook\",status=\"OK\"}",
-            1.0,
+            2.0,
         ),
         (
             "http_proxy_response_time_seconds_count{path=\"/gone\",status=\"request error\"}",
@@ -111,7 +118,7 @@ fn the_go_programs_metrics_keep_their_names_and_labels() {
         ),
         (
             "http_proxy_response_time_seconds_count{path=\"/fine\",status=\"OK\"}",
-            2.0,
+            3.0,
         ),
     ] {
         assert_eq!(metrics.get(name), count, "{name}");
@@ -120,25 +127,67 @@ fn the_go_programs_metrics_keep_their_names_and_labels() {
     assert!(!text.contains("secret"));
 }
 
+/// Whoever asks for whatever paths takes no label from those that are in use.
 #[test]
-fn paths_are_capped() {
-    let destination = Destination::start();
-    let setup = Setup::new(&destination.url()).set("metrics.max_paths", 3);
+fn paths_are_labels_once_something_was_delivered_there() {
+    let destination = Destination::answering(|seen| match seen.target().starts_with("/junk") {
+        true => Answer::status(404),
+        false => Answer::ok(),
+    });
+    let setup = Setup::new(&destination.url())
+        .set("metrics.max_paths", 3)
+        .set("queue.give_up_statuses", "[404]");
     let proxy = setup.start();
-    for path in 0..10 {
-        let request = http::request("POST", &format!("/path/{path}"), &[], b"");
+    let send = |path: &str| {
+        let request = http::request("POST", path, &[], b"");
         assert_eq!(proxy.send(&request).status, 200);
+    };
+    (0..50).for_each(|path| send(&format!("/junk/{path}")));
+    destination.wait_for(50, PATIENCE);
+    metrics::wait_for(&proxy, "all to be given up", |metrics| {
+        metrics.rows("dead") == 50.0
+    });
+    for path in 0..10 {
+        // One after another, each twice.
+        for time in 0..2 {
+            send(&format!("/path/{path}"));
+            destination.wait_for(50 + 2 * path + time + 1, PATIENCE);
+            metrics::wait_for(&proxy, "it to be counted", |metrics| {
+                metrics.get("asyncproxy_delivered_total") == (2 * path + time + 1) as f64
+            });
+        }
     }
-    destination.wait_for(10, PATIENCE);
-    let metrics = metrics::assert_settled(&proxy, 10);
+    let metrics = metrics::assert_settled(&proxy, 70);
     assert_eq!(metrics.get("http_requests_total{path=\"/path/2\"}"), 1.0);
-    assert_eq!(metrics.get("http_requests_total{path=\"other\"}"), 7.0);
-    assert_eq!(metrics.sum("http_requests_total"), 10.0);
+    assert_eq!(
+        metrics.get("http_proxy_response_time_seconds_count{path=\"/path/2\",status=\"OK\"}"),
+        2.0
+    );
+    assert_eq!(metrics.get("http_requests_total{path=\"other\"}"), 67.0);
+    assert_eq!(metrics.sum("http_requests_total"), 70.0);
     assert_eq!(
         metrics.get("http_proxy_response_time_seconds_count{path=\"other\",status=\"OK\"}"),
-        7.0
+        14.0
     );
     assert!(!metrics.has("http_requests_total{path=\"/path/3\"}"));
+}
+
+/// As a URI may have them, though no browser sends them.
+#[test]
+fn nothing_in_a_path_steers_the_terminal_that_shows_the_metrics() {
+    let destination = Destination::start();
+    let setup = Setup::new(&destination.url());
+    let proxy = setup.start();
+    for target in ["/a\u{9b}2J", "/b\u{202e}c", "/d\u{85}"] {
+        let request = http::request("POST", target, &[], b"");
+        assert_eq!(proxy.send(&request).status, 200, "{target:?}");
+    }
+    metrics::assert_settled(&proxy, 3);
+    let text = http::get(proxy.control, "/metrics").text();
+    assert!(text.contains("path=\"/a\\\\u{9b}2J\""), "{text}");
+    assert!(text.contains("path=\"/b\\\\u{202e}c\""), "{text}");
+    let hidden = |c: char| c != '\n' && !c.is_ascii_graphic() && c != ' ';
+    assert!(!text.contains(hidden), "{text}");
 }
 
 #[test]

@@ -68,7 +68,7 @@ fn what_senders_see_changes_at_once() {
 
 /// What waits for the old destination goes to the new one.
 fn the_destination_moves(route: Route) {
-    let mut old = Destination::answering(|_| Answer::status(503));
+    let old = Destination::down();
     let new = Destination::start();
     let setup = route
         .to(&old)
@@ -84,7 +84,6 @@ fn the_destination_moves(route: Route) {
             .contains("destination is down")
     });
     wait_until("all stored", || store::rows(&setup) == 4);
-    old.refuse();
     let setup = change(&proxy, setup, "proxy.remote_url", new.url());
     // Nothing is known against the new one.
     assert_eq!(http::get(proxy.control, "/readyz").text(), "ok\n");

@@ -4,6 +4,8 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use crate::printable;
+
 /// Columns of what a finding is about.
 const ABOUT_COLUMNS: usize = 26;
 
@@ -92,7 +94,7 @@ pub fn to_text(findings: &[Finding], is_coloured: bool) -> String {
             text,
             "{color}{level:<7}{end}  {:<ABOUT_COLUMNS$}  {}",
             finding.about,
-            printable(&finding.found)
+            printable::line(finding.found.as_bytes())
         );
         if let Some(mend) = &finding.mend {
             let _ = writeln!(
@@ -100,7 +102,7 @@ pub fn to_text(findings: &[Finding], is_coloured: bool) -> String {
                 "{:<9}{:<ABOUT_COLUMNS$}  -> {}",
                 "",
                 "",
-                printable(mend)
+                printable::line(mend.as_bytes())
             );
         }
     }
@@ -117,18 +119,6 @@ pub fn to_json(findings: &[Finding]) -> Value {
         })
     });
     Value::Array(each.collect())
-}
-
-/// What servers and file names say stays on its line.
-fn printable(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '\'' | '"' | '\\' => shown.push(character),
-            other => shown.extend(other.escape_debug()),
-        }
-    }
-    shown
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use crate::cli::printable;
+use crate::printable;
 
 /// Longest body that is put on the command line: one argument holds 128 KiB at most.
 const BODY_BYTES_MAX: usize = 64 * 1024;

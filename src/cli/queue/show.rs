@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 
 use super::credentials::{REDACTED, is_credential, redacted};
 use super::{Failure, curl};
-use crate::cli::printable;
 use crate::config::RemoteUrl;
+use crate::printable;
 use crate::queue::BATCH_ROWS_MAX;
 use crate::queue::operate::{Filter, Operate, Row, State};
 use crate::request::Headers;

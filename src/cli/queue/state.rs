@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::Failure;
-use crate::cli::printable;
 use crate::config::Config;
 use crate::control::ask;
+use crate::printable;
 use crate::queue::Sample;
 use crate::queue::operate::Operate;
 use crate::status::about;

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::Failure;
 use super::show::summary;
-use crate::cli::printable;
+use crate::printable;
 use crate::queue::operate::{Filter, Operate, Row};
 use crate::queue::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow};
 use crate::request::{Headers, Request};

@@ -36,7 +36,7 @@ pub(super) const APPEND_DEAD: &str = "
 ///
 /// `$4`, if any, is where to begin: see [`Start`](super::start::Start).
 macro_rules! claim {
-    ($class:literal, $order:literal) => {
+    ($class:expr, $order:expr) => {
         concat!(
             "
     WITH due AS MATERIALIZED (
@@ -94,7 +94,7 @@ pub(super) const CLAIM_UNORDERED: Statements = ByClass {
 /// this statement began, only the former are kept while the row is looked at again. `is_only` is
 /// for the index, where a transaction that stayed open for long has left a large table behind.
 macro_rules! claim_by_tokens {
-    ($class:literal, $order:literal) => {
+    ($class:expr, $order:expr) => {
         concat!(
             "
     WITH waiting AS MATERIALIZED (
@@ -183,6 +183,66 @@ pub(super) const CLAIM_BY_TOKENS_UNORDERED: Statements = ByClass {
     fresh: claim_by_tokens!("attempt <= 1", ""),
     retried: claim_by_tokens!("attempt > 1", ""),
 };
+
+/// As `claim!` or `claim_by_tokens!`, but of the `$7` rows of the class at a spot those tried least,
+/// and none of `$6`. The former are found by the index, or in some blocks of the table, whichever;
+/// then their places find the rows.
+macro_rules! probe {
+    ($claim:ident, $class:literal, $from:expr, $order:literal) => {
+        $claim!(
+            concat!(
+                $class,
+                " AND id <> ALL ($6)
+           AND ctid = ANY (ARRAY(
+                SELECT ctid
+                  FROM proxy_requests ",
+                $from,
+                "
+                 WHERE next_attempt_at <= now() AND ",
+                $class,
+                "
+                 ORDER BY ",
+                $order,
+                "
+                 LIMIT $7
+           ))"
+            ),
+            concat!("ORDER BY attempt, ", $order)
+        )
+    };
+    ($claim:ident, $class:literal, front) => {
+        probe!($claim, $class, "", "next_attempt_at")
+    };
+    ($claim:ident, $class:literal, end) => {
+        probe!($claim, $class, "", "next_attempt_at DESC")
+    };
+    ($claim:ident, $class:literal, anywhere) => {
+        probe!(
+            $claim,
+            $class,
+            "TABLESAMPLE SYSTEM (
+                    least(100, 100.0 * 50 * current_setting('block_size')::integer
+                               / greatest(pg_relation_size('proxy_requests'), 1)))",
+            "random()"
+        )
+    };
+}
+
+macro_rules! probes {
+    ($claim:ident, $spot:tt) => {
+        ByClass {
+            fresh: probe!($claim, "attempt <= 1", $spot),
+            retried: probe!($claim, "attempt > 1", $spot),
+        }
+    };
+}
+
+pub(super) const PROBE: Statements = probes!(claim, front);
+pub(super) const PROBE_END: Statements = probes!(claim, end);
+pub(super) const PROBE_ANYWHERE: Statements = probes!(claim, anywhere);
+pub(super) const PROBE_BY_TOKENS: Statements = probes!(claim_by_tokens, front);
+pub(super) const PROBE_END_BY_TOKENS: Statements = probes!(claim_by_tokens, end);
+pub(super) const PROBE_ANYWHERE_BY_TOKENS: Statements = probes!(claim_by_tokens, anywhere);
 
 /// Rows claimed by their tokens, in the columns of `CLAIM`. The primary key finds them.
 ///

@@ -10,39 +10,24 @@ use ::postgres::types::Type;
 use ::postgres::{Client, Row};
 use uuid::Uuid;
 
-use super::super::Class;
 use super::Parameter;
 use super::connections::Fault;
-use super::statements::{CLAIM_BY_TOKENS, CLAIM_BY_TOKENS_UNORDERED, CLAIMED, RESTORE_RATE};
+use super::statements::{CLAIMED, RESTORE_RATE};
 
 /// While another instance has the tokens: about as long as a claim takes.
 const TURN: Duration = Duration::from_millis(10);
 
-/// Claims with the parameters of `CLAIM`, the first of which is `limit`. Returns the rows in
-/// its columns, and how long nothing will come, if that is for want of tokens.
+/// Claims with a statement of [`CLAIM_BY_TOKENS`](super::statements::CLAIM_BY_TOKENS) or one of its
+/// kind and its parameters, of which `limit` and `rate` (a second) are some. Returns the rows in
+/// the columns of `CLAIM`, and how long nothing will come, if that is for want of tokens.
 pub(super) fn claim(
     client: &mut Client,
-    class: Class,
-    is_ordered: bool,
-    parameters: &[Parameter<'_>; 4],
+    statement: &str,
+    parameters: &[Parameter<'_>],
     limit: i64,
-    per_second: u32,
+    rate: f64,
 ) -> Result<(Vec<Row>, Option<Duration>), Fault> {
-    let statement = if is_ordered {
-        CLAIM_BY_TOKENS.of(class)
-    } else {
-        CLAIM_BY_TOKENS_UNORDERED.of(class)
-    };
-    let rate = f64::from(per_second);
-    let [limit_parameter, lease, bytes_max, from] = parameters.clone();
-    let all = [
-        limit_parameter,
-        lease,
-        bytes_max,
-        from,
-        (&rate, Type::FLOAT8),
-    ];
-    let row = client.query_typed_one(statement, &all)?;
+    let row = client.query_typed_one(statement, parameters)?;
     if !row.try_get::<_, bool>("has_rate")? {
         client.execute_typed(RESTORE_RATE, &[])?;
     }

@@ -56,6 +56,56 @@ pub(super) const SELECT_RETRIED: &str = select_due!(
 pub(super) const SELECT_FRESH_UNORDERED: &str = select_due!("NOT INDEXED", "attempt <= 1", "");
 pub(super) const SELECT_RETRIED_UNORDERED: &str = select_due!("NOT INDEXED", "attempt > 1", "");
 
+/// What may be a probe at one end of a class. Served by its index, but for the attempts.
+macro_rules! select_candidates {
+    ($from:literal, $class:literal, $order:literal) => {
+        concat!(
+            "
+    SELECT seq, id, attempt
+      FROM proxy_requests ",
+            $from,
+            "
+     WHERE next_attempt_at <= ?1 AND ",
+            $class,
+            "
+     ORDER BY next_attempt_at",
+            $order,
+            "
+     LIMIT ?2"
+        )
+    };
+}
+pub(super) const FRESH_AT_FRONT: &str =
+    select_candidates!("INDEXED BY proxy_requests_fresh", "attempt <= 1", "");
+pub(super) const FRESH_AT_END: &str =
+    select_candidates!("INDEXED BY proxy_requests_fresh", "attempt <= 1", " DESC");
+pub(super) const RETRIED_AT_FRONT: &str =
+    select_candidates!("INDEXED BY proxy_requests_retried", "attempt > 1", "");
+pub(super) const RETRIED_AT_END: &str =
+    select_candidates!("INDEXED BY proxy_requests_retried", "attempt > 1", " DESC");
+
+/// What may be one of either class from a place on. Served by the table's key.
+pub(super) const CANDIDATES_FROM: &str = "
+    SELECT seq, id, attempt
+      FROM (
+        SELECT seq, id, attempt, next_attempt_at
+          FROM proxy_requests
+         WHERE seq >= ?3
+         ORDER BY seq
+         LIMIT ?2
+      )
+     WHERE next_attempt_at <= ?1";
+
+/// Two steps along the table's key.
+pub(super) const SPAN: &str = "
+    SELECT coalesce((SELECT min(seq) FROM proxy_requests), 0),
+           coalesce((SELECT max(seq) FROM proxy_requests), 0)";
+
+pub(super) const SELECT_ONE: &str = "
+    SELECT seq, id, received_at, attempt, method, target, headers, body
+      FROM proxy_requests
+     WHERE seq = ?1";
+
 pub(super) const LEASE: &str = "
     UPDATE proxy_requests
        SET attempt = attempt + 1, leased = 1, next_attempt_at = ?2

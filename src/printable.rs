@@ -1,4 +1,4 @@
-//! Text from outside on its way to a terminal.
+//! Text from outside on its way to a terminal, or to a page that may be read on one.
 
 use std::fmt::Write;
 
@@ -19,15 +19,11 @@ pub fn is_text(bytes: &[u8]) -> bool {
     text(bytes).as_bytes() == bytes
 }
 
-/// One line of JSON. What a terminal might take for more than text is escaped, as JSON has it.
+/// JSON. What a terminal might take for more than text is escaped, as JSON has it.
 pub fn json(value: &Value) -> String {
     let mut line = String::new();
     for character in value.to_string().chars() {
-        // Quotes and backslashes are JSON's own; what it has left beyond ASCII may be anything.
-        let is_plain = character.is_ascii_graphic()
-            || character == ' '
-            || (!character.is_ascii() && character.escape_debug().len() == 1);
-        if is_plain {
+        if !is_hidden(character) {
             line.push(character);
             continue;
         }
@@ -38,14 +34,46 @@ pub fn json(value: &Value) -> String {
     line
 }
 
+/// Appends text in which what is invisible is escaped.
+pub fn push(line: &mut String, text: &str) {
+    text.chars()
+        .for_each(|character| push_char(line, character));
+}
+
+fn push_char(line: &mut String, character: char) {
+    if is_blank(character) {
+        line.extend(character.escape_unicode());
+    } else if is_hidden(character) {
+        line.extend(character.escape_debug());
+    } else {
+        line.push(character);
+    }
+}
+
+/// Whether it is invisible, steers a terminal or turns the direction of writing.
+pub fn is_hidden(character: char) -> bool {
+    match character {
+        '"' | '\'' | '\\' => false,
+        _ => is_blank(character) || character.escape_debug().len() > 1,
+    }
+}
+
+/// Letters and symbols by their category, but blank on the screen.
+fn is_blank(character: char) -> bool {
+    matches!(
+        character,
+        '\u{115f}' | '\u{1160}' | '\u{2800}' | '\u{3164}' | '\u{ffa0}'
+    )
+}
+
 fn escaped(bytes: &[u8], is_kept: impl Fn(char) -> bool) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
         for character in chunk.valid().chars() {
-            match character {
-                '\\' | '"' | '\'' => text.push(character),
-                kept if is_kept(kept) => text.push(kept),
-                other => text.extend(other.escape_debug()),
+            if is_kept(character) {
+                text.push(character);
+            } else {
+                push_char(&mut text, character);
             }
         }
         for byte in chunk.invalid() {
@@ -65,8 +93,12 @@ mod tests {
         let hostile = b"a\x1b[2J\r\xff\xc3\xa9\n\"{\\}\"\x00";
         assert_eq!(text(hostile), "a\\u{1b}[2J\\r\\xff\u{e9}\n\"{\\}\"\\0");
         assert_eq!(line(b"a\nb\tc"), "a\\nb\\tc");
-        // Right-to-left override.
+        // Right-to-left override, and a letter that looks like nothing.
         assert_eq!(line("a\u{202e}b".as_bytes()), "a\\u{202e}b");
+        assert_eq!(line("a\u{3164}b".as_bytes()), "a\\u{3164}b");
+        for hidden in ('\u{80}'..='\u{9f}').chain('\u{2066}'..='\u{2069}') {
+            assert!(is_hidden(hidden), "{hidden:?}");
+        }
         let hostile = Value::from("\u{9b}2J\u{7f}\u{202e}\u{e9}\n\"\u{1f600}");
         let line = json(&hostile);
         assert_eq!(line, "\"\\u009b2J\\u007f\\u202e\u{e9}\\n\\\"\u{1f600}\"");
