@@ -168,7 +168,7 @@ impl App {
     }
 
     fn report(&self, newer: &Config) {
-        for warning in newer.warnings() {
+        for warning in newer.all_warnings() {
             log::warn!("{warning}");
         }
         let changes = self.settings().changes(newer);

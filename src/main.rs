@@ -51,7 +51,7 @@ fn run(path: &Path) -> i32 {
         Err(error) => return complain(error, MISUSED),
     };
     logger::init(config.log.level);
-    for warning in config.warnings() {
+    for warning in config.all_warnings() {
         log::warn!("{warning}");
     }
     // Read again on SIGHUP, wherever the program is then.
@@ -85,7 +85,7 @@ fn with_output(
 fn check_config(path: &Path) -> i32 {
     match Config::load(path) {
         Ok(config) => {
-            for warning in config.warnings() {
+            for warning in config.all_warnings() {
                 complain(format!("warning: {warning}"), 0);
             }
             print(&config.effective())

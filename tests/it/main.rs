@@ -31,6 +31,7 @@ mod doctor;
 mod fault_table;
 mod faults;
 mod fidelity;
+mod files;
 mod framing;
 mod growth;
 mod instances;
