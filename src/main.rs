@@ -50,16 +50,25 @@ fn run(path: &Path) -> i32 {
         Ok(config) => config,
         Err(error) => return complain(error, MISUSED),
     };
-    logger::init(config.log.level);
+    if let Err(error) = logger::init(config.log.level) {
+        return complain(format!("cannot start the log: {error}"), FAILED);
+    }
+    logger::log_panics();
     for warning in config.all_warnings() {
         log::warn!("{warning}");
     }
     // Read again on SIGHUP, wherever the program is then.
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    match app::run(config, &|| Config::load(&path)) {
+    let status = match app::run(config, &|| Config::load(&path)) {
         Ok(()) => 0,
-        Err(error) => complain(error, FAILED),
-    }
+        Err(error) => {
+            // After what was logged, and as that without waiting for whoever reads it.
+            logger::say_last(&format_args!("asyncproxy: {error}"));
+            FAILED
+        }
+    };
+    logger::flush();
+    status
 }
 
 /// Runs a command that takes the settings and prints something.

@@ -13,6 +13,7 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use crate::logger;
 use crate::queue::Sample;
 use crate::settle::Outcome;
 use crate::trend::{Moment, Trend};
@@ -66,6 +67,8 @@ pub struct Metrics {
     pub batch_append: Histogram,
     pub batch_claim: Histogram,
     pub batch_settle: Histogram,
+    /// As far as it is known here: see [`logger::dropped`].
+    log_dropped: Mutex<IntCounter>,
     reloads: Reloads,
     rows: RowGauges,
     trend: Mutex<Trend>,
@@ -293,6 +296,10 @@ impl Metrics {
             batch_append,
             batch_claim,
             batch_settle,
+            log_dropped: Mutex::new(make.counter(
+                "asyncproxy_log_dropped_total",
+                "Log lines that were not written, because nobody read them or because of an error.",
+            )?),
             reloads: make.reloads()?,
             rows: make.rows()?,
             trend: Mutex::default(),
@@ -373,6 +380,10 @@ impl Metrics {
     /// # Errors
     /// The encoder's.
     pub fn encode(&self) -> Result<Vec<u8>, prometheus::Error> {
+        let log_dropped = &self.log_dropped;
+        let log_dropped = log_dropped.lock().unwrap_or_else(PoisonError::into_inner);
+        log_dropped.inc_by(logger::dropped().saturating_sub(log_dropped.get()));
+        drop(log_dropped);
         let mut text = Vec::with_capacity(16 * 1024);
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(text)
