@@ -177,18 +177,25 @@ fn write_whole(output: impl AsFd, mut bytes: &[u8]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{BufRead, BufReader, PipeReader, Read};
-    use std::thread;
+    use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read};
 
     use super::*;
+    use crate::thread::Threads;
 
     const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn write(lines: &'static Lines, writer: PipeWriter) {
+        let write = || lines.write_to(writer);
+        Threads::default()
+            .spawn_spare("lines".to_owned(), write)
+            .unwrap();
+    }
 
     /// Lines that are written into a pipe.
     fn piped() -> (&'static Lines, PipeReader) {
         let lines = Box::leak(Box::new(Lines::new(|count| format!("dropped {count}\n"))));
         let (reader, writer) = io::pipe().unwrap();
-        thread::spawn(|| lines.write_to(writer));
+        write(lines, writer);
         (lines, reader)
     }
 
@@ -275,7 +282,7 @@ mod tests {
         let lines: &Lines = Box::leak(Box::new(Lines::new(|_| String::new())));
         let (reader, writer) = io::pipe().unwrap();
         rustix::io::ioctl_fionbio(&writer, true).unwrap();
-        thread::spawn(|| lines.write_to(writer));
+        write(lines, writer);
         // More than a pipe holds, less than is kept.
         let line = "x".repeat(2000);
         for _ in 0..50 {

@@ -296,10 +296,7 @@ impl Metrics {
             batch_append,
             batch_claim,
             batch_settle,
-            log_dropped: Mutex::new(make.counter(
-                "asyncproxy_log_dropped_total",
-                "Log lines that were not written, because nobody read them or because of an error.",
-            )?),
+            log_dropped: make.log_dropped()?,
             reloads: make.reloads()?,
             rows: make.rows()?,
             trend: Mutex::default(),
@@ -564,6 +561,14 @@ impl Make {
             &BATCH_BUCKETS,
         )?;
         Ok(["append", "claim", "settle"].map(|op| batches.with_label_values(&[op])))
+    }
+
+    fn log_dropped(&self) -> Result<Mutex<IntCounter>, prometheus::Error> {
+        let counter = self.counter(
+            "asyncproxy_log_dropped_total",
+            "Log lines that were not written, because nobody read them or because of an error.",
+        )?;
+        Ok(Mutex::new(counter))
     }
 
     fn reloads(&self) -> Result<Reloads, prometheus::Error> {

@@ -149,7 +149,7 @@ fn a_frozen_database_does_not_trip_the_watchdog() {
         .keep(database);
     let (mut systemd, setup) = Listener::of(setup.env("WATCHDOG_USEC", 200_000));
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     relay.freeze(true);
     proxy.accept(0..1);
     systemd.wait_for("STATUS=0");
