@@ -5,6 +5,8 @@
 
 mod stage;
 mod start;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::io;
@@ -112,10 +114,13 @@ impl App {
         ];
         own::check(&config.proxy.remote_url, &own).map_err(RunError::Own)?;
         let address = shown_address(&listener).map_err(cannot_start("intake"))?;
-        let max_connections = descriptors::raise_limit(&config);
-        let listeners = (listener, control_listener);
+        let listeners = Listeners {
+            intake: listener,
+            control: control_listener,
+            max_connections: descriptors::raise_limit(&config),
+        };
         Ok(App {
-            running: Running::start(&config, (threads, stop), listeners, max_connections)?,
+            running: Running::start(&config, (threads, stop), listeners)?,
             address,
             listeners: own,
             started: config,
@@ -142,7 +147,7 @@ impl App {
         };
         let settings = self.settings();
         let timeout = settings.server.shutdown_timeout;
-        let is_handed_over = matches!(self.started.server.bind, Bind::Systemd(_));
+        let is_handed_over = is_handed_over(&self.started);
         let lost = self.running.drain(timeout, is_handed_over);
         match (ended, lost) {
             (_, 1..) => Err(RunError::Lost(lost)),
@@ -193,7 +198,7 @@ impl App {
     }
 
     fn report(&self, newer: &Config) {
-        for warning in newer.warnings() {
+        for warning in newer.all_warnings() {
             log::warn!("{warning}");
         }
         let changes = self.settings().changes(newer);
@@ -249,6 +254,19 @@ fn listen(setting: &'static str, bind: &Bind) -> Result<Socket, RunError> {
     })
 }
 
+/// Whether senders are listened for on a socket that outlives the program.
+fn is_handed_over(config: &Config) -> bool {
+    matches!(config.server.bind, Bind::Systemd(_))
+}
+
+/// The sockets that are listened on, though nobody accepts on them yet.
+struct Listeners {
+    intake: Socket,
+    control: Socket,
+    /// Of the intake.
+    max_connections: usize,
+}
+
 /// The running program.
 struct Running {
     notifier: Option<Arc<Notifier>>,
@@ -257,7 +275,8 @@ struct Running {
     tunables: Tunables,
     threads: Threads,
     signals: Receiver<i32>,
-    accepting: Accepting,
+    /// `None` until senders are answered.
+    accepting: Option<Accepting>,
     intake: Arc<Intake>,
     drain: Drain,
     /// Closed to stop claiming.
@@ -330,12 +349,14 @@ impl Running {
             notifier.stopping();
         }
         self.intake.draining.store(true, Ordering::SeqCst);
-        self.accepting.stop(is_handed_over);
+        if let Some(accepting) = &self.accepting {
+            accepting.stop(is_handed_over);
+        }
         drop(self.claiming);
         self.threads.wait_for("poller", deadline);
         self.drain.release_unstarted(deadline);
-        self.drain
-            .wait(deadline, &self.signals, || self.accepting.connections());
+        let connections = || self.accepting.as_ref().map_or(0, Accepting::connections);
+        self.drain.wait(deadline, &self.signals, connections);
         // A claim under way would lease rows after all others were given back.
         self.threads
             .wait_for("poller", Instant::now() + self.claim_time_max);

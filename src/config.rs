@@ -6,10 +6,12 @@ mod database;
 mod files;
 pub mod own;
 mod raw;
+mod secrets;
 mod ssl;
 mod values;
 
 use std::fmt::Write;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,12 +19,17 @@ use std::time::Duration;
 pub use address::{Bind, RemoteUrl, shown_address};
 pub use database::{Database, PostgresServer};
 pub use raw::ConfigError;
+pub use secrets::ExposedSecret;
 pub use values::{duration as parse_duration, positive_duration as parse_positive_duration};
 
 use crate::queue::migrate::Policy;
+use crate::regular_file;
 use crate::settle::RetryPolicy;
 use crate::tls::ClientConfig;
 use raw::Raw;
+
+/// More than any settings need.
+const FILE_BYTES_MAX: usize = 1024 * 1024;
 
 /// One setting: what documents and error messages say of it.
 #[derive(Debug)]
@@ -151,6 +158,7 @@ pub struct Config {
     pub db: Db,
     pub log: Log,
     warnings: Vec<String>,
+    exposed: Vec<ExposedSecret>,
     raw: Raw,
 }
 
@@ -249,16 +257,18 @@ impl Config {
     /// # Errors
     /// One line that says what is wrong and what is accepted.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        let yaml = std::fs::read_to_string(path).map_err(|error| {
-            let hint = "name another file with --config";
-            ConfigError(format!(
-                "{path:?}: cannot read the settings: {error}; {hint}"
-            ))
-        })?;
+        let yaml = regular_file::read(path, FILE_BYTES_MAX)
+            .and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other))
+            .map_err(|error| {
+                let hint = "name another file with --config";
+                ConfigError(format!(
+                    "{path:?}: cannot read the settings: {error}; {hint}"
+                ))
+            })?;
         let env = |name: &str| std::env::var(name).ok();
         let raw =
             Raw::read(&yaml, &env).map_err(|error| ConfigError(format!("{path:?}: {error}")))?;
-        Config::understand(raw, &env)
+        Config::understand(raw, Some(path), &env)
     }
 
     /// Understands settings; `env` looks up an environment variable.
@@ -269,11 +279,20 @@ impl Config {
         yaml: &str,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Config, ConfigError> {
-        Config::understand(Raw::read(yaml, env)?, env)
+        Config::understand(Raw::read(yaml, env)?, None, env)
     }
 
-    fn understand(raw: Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
-        let (db, mut warnings) = db(&raw, env)?;
+    /// `path` is the file that the YAML is from.
+    fn understand(
+        raw: Raw,
+        path: Option<&Path>,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Config, ConfigError> {
+        let UnderstoodDb {
+            db,
+            mut warnings,
+            secrets,
+        } = db(&raw, path, env)?;
         let config = Config {
             server: server(&raw)?,
             metrics: Metrics {
@@ -298,6 +317,7 @@ impl Config {
                 level: raw.get("log.level", values::level)?,
             },
             warnings,
+            exposed: exposed(&raw, secrets),
             raw,
         };
         config.check_together()?;
@@ -369,6 +389,17 @@ impl Config {
         &self.warnings
     }
 
+    /// Files with secrets that everybody may read.
+    pub fn exposed(&self) -> &[ExposedSecret] {
+        &self.exposed
+    }
+
+    /// Both, in words.
+    pub fn all_warnings(&self) -> Vec<String> {
+        let exposed = self.exposed.iter().map(ToString::to_string);
+        self.warnings.iter().cloned().chain(exposed).collect()
+    }
+
     /// All settings as YAML, without secrets.
     pub fn effective(&self) -> String {
         let mut yaml = String::new();
@@ -385,7 +416,7 @@ impl Config {
                 .trim_start_matches(section)
                 .trim_start_matches('.');
             let value = match setting.key {
-                "queue.give_up_statuses" => format!("[{text}]"),
+                "queue.give_up_statuses" => format!("[{}]", values::without_brackets(&text)),
                 _ => in_yaml(&text),
             };
             let _ = writeln!(yaml, "  {name}: {value}");
@@ -472,7 +503,31 @@ fn queue(raw: &Raw) -> Result<Queue, ConfigError> {
     })
 }
 
-fn db(raw: &Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<(Db, Vec<String>), ConfigError> {
+/// Those of all files with secrets that everybody may read; `paths` are those of the store.
+fn exposed(raw: &Raw, mut paths: Vec<(&'static str, PathBuf)>) -> Vec<ExposedSecret> {
+    const KEY: &str = "proxy.client_key_file";
+    match raw.text(KEY) {
+        "" => {}
+        path => paths.push((KEY, path.into())),
+    }
+    let found = paths
+        .iter()
+        .map(|(key, path)| ExposedSecret::find(key, path));
+    found.flatten().collect()
+}
+
+/// Of the store: its settings, what is probably not meant, and the files that hold its secrets.
+struct UnderstoodDb {
+    db: Db,
+    warnings: Vec<String>,
+    secrets: Vec<(&'static str, PathBuf)>,
+}
+
+fn db(
+    raw: &Raw,
+    yaml: Option<&Path>,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<UnderstoodDb, ConfigError> {
     const KEY: &str = "db.connection_string";
     let user = env("USER").filter(|user| !user.is_empty());
     let user = user.as_deref().unwrap_or("postgres");
@@ -481,6 +536,11 @@ fn db(raw: &Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<(Db, Vec<String
     if !parsed.ignored.is_empty() {
         warnings.push(format!("{KEY}: ignored {}", parsed.ignored.join(", ")));
     }
+    let mut secrets: Vec<PathBuf> = parsed.key_file.into_iter().collect();
+    if parsed.database.has_password() {
+        secrets.extend(raw.file_of(KEY, yaml).map(Path::to_owned));
+    }
+    let secrets = secrets.into_iter().map(|path| (KEY, path)).collect();
     let db = Db {
         database: parsed.database,
         max_connections: raw.get("db.max_connections", |text| values::integer(text, 1, 1000))?,
@@ -500,7 +560,11 @@ fn db(raw: &Raw, env: &dyn Fn(&str) -> Option<String>) -> Result<(Db, Vec<String
         let what = "must be empty with SQLite as db.connection_string: it is for Postgres";
         return Err(raw.error("db.spool", what));
     }
-    Ok((db, warnings))
+    Ok(UnderstoodDb {
+        db,
+        warnings,
+        secrets,
+    })
 }
 
 #[cfg(test)]

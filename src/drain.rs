@@ -21,7 +21,7 @@ use crate::worker::{Delivery, Origin, Places, Slot, interrupted};
 /// How often the end of the work is looked for.
 const LOOK: Duration = Duration::from_millis(10);
 /// How long requests are looked for that are between a channel and a slot.
-const GATHER_TIME: Duration = Duration::from_secs(1);
+const GATHER_TIME: Duration = Duration::from_secs(3);
 /// How long a store that does not work is tried with requests that exist nowhere else.
 const APPEND_TIME: Duration = Duration::from_secs(10);
 /// The same with leases, which end by themselves.
@@ -107,10 +107,24 @@ impl Drain {
         self.hurry = None;
         let (unstored, unsettled) = self.gather();
         let (all, released) = (unstored.len(), unsettled.len());
-        let lost = self.append(unstored);
+        let unstorable = self.append(unstored);
         self.settle(&unsettled);
-        log::info!(stored = all - lost, released, lost; "stopped");
+        let lost = unstorable + self.count_missing();
+        log::info!(stored = all - unstorable, released, lost; "stopped");
         lost as u64
+    }
+
+    /// What is still counted when all that was found is stored or lost was in no place where a
+    /// request can be: a thread has taken it along in a panic, or holds it and is not run. Nobody
+    /// can say that it is safe, so it counts as lost, though not even its id is known.
+    fn count_missing(&self) -> usize {
+        let missing = self.in_flight();
+        if missing > 0 {
+            self.metrics.lost_shutdown.inc_by(missing as u64);
+            self.metrics.in_flight.sub(missing as i64);
+            log::error!(missing; "lost: acknowledged, but in no channel and with no worker");
+        }
+        missing
     }
 
     /// Takes everything out of channels and slots, until all that is counted is found.
@@ -131,11 +145,16 @@ impl Drain {
                     }
                 }
             }
-            let is_all = unstored.len() >= self.in_flight() && unsettled.len() >= self.leased();
-            if is_all || Instant::now() >= deadline {
-                return (unstored, unsettled);
+            let leases = self.leased().saturating_sub(unsettled.len());
+            let is_all = unstored.len() >= self.in_flight() && leases == 0;
+            if !is_all && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+                continue;
             }
-            std::thread::sleep(Duration::from_millis(1));
+            if leases > 0 {
+                log::warn!(leases; "rows not found, they are due when their leases are over");
+            }
+            return (unstored, unsettled);
         }
     }
 
@@ -230,4 +249,65 @@ fn rest_row((delivery, started): &Rest) -> NewRow {
             failure,
         },
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::budget::Budget;
+    use crate::queue::health::StoreHealth;
+    use crate::queue::poller::Wake;
+    use crate::queue::settler::Settler;
+    use crate::queue::sqlite::SqliteStore;
+    use crate::request::{Peer, Request};
+
+    fn request() -> Arc<Request> {
+        let peer = Peer::default();
+        let fields = std::iter::empty::<(&str, &[u8])>();
+        let now = std::time::SystemTime::now();
+        Arc::new(Request::record("POST", "/", fields, peer, Vec::new(), now).unwrap())
+    }
+
+    /// As when a thread has panicked between the channel and its slot.
+    #[test]
+    fn what_is_counted_and_found_nowhere_is_lost_and_the_rest_is_stored() {
+        let directory = tempfile::tempdir().unwrap();
+        let timeout = Duration::from_secs(60);
+        let path = directory.path().join("a.sqlite");
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::new(path, true, timeout));
+        let metrics = Arc::new(Metrics::new(1).unwrap());
+        let health = Arc::new(StoreHealth::new(crate::queue::depth::Depth::new(0)));
+        let (_settler, settlements) =
+            Settler::new(Arc::clone(&store), health, Arc::clone(&metrics));
+        let (sender, direct, _overseer) = direct::bounded(8);
+        let never = crossbeam_channel::never;
+        let budget = Budget::new(1024);
+        for _ in 0..2 {
+            let delivery = Delivery::direct(request(), budget.permit());
+            sender.try_send(delivery).unwrap();
+        }
+        metrics.in_flight.set(5);
+        let places = Arc::new(Places::new(1));
+        // A lease that is not found is not lost: its row is in the store.
+        assert!(places.try_take());
+        let drain = Drain {
+            store: Arc::clone(&store),
+            spool: None,
+            metrics: Arc::clone(&metrics),
+            room: Arc::new(Room::new(2, Wake::new().0)),
+            places,
+            settlements,
+            direct,
+            claimed: ByClass {
+                fresh: never(),
+                retried: never(),
+            },
+            slots: vec![Arc::default()],
+            hurry: None,
+        };
+        assert_eq!(drain.store_rest(), 3);
+        assert_eq!(metrics.lost_shutdown.get(), 3);
+        assert_eq!(metrics.in_flight.get(), 0);
+        assert_eq!(store.sample().unwrap().waiting, 2);
+    }
 }

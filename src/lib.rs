@@ -19,7 +19,8 @@
 //! 2. The outside: [`queue`] (the [`queue::Store`] contract, its two stores, and the threads
 //!    that write, claim and settle), [`upstream`] (the destination).
 //! 3. The pipeline: [`admission`], [`direct`], [`worker`], [`intake`], [`control`], [`drain`].
-//! 4. What all use: [`metrics`], [`status`], [`progress`], [`systemd`], [`logger`], [`printable`], [`thread`], [`budget`], [`descriptors`].
+//! 4. What all use: [`metrics`], [`status`], [`progress`], [`systemd`], [`logger`], [`lines`], [`printable`], [`thread`],
+//!    [`budget`], [`descriptors`], [`regular_file`].
 //! 5. The whole: [`config`], [`cli`], [`app`].
 //!
 //! # Invariants
@@ -49,11 +50,13 @@ pub mod direct;
 pub mod drain;
 pub mod intake;
 pub mod limiter;
+pub mod lines;
 pub mod logger;
 pub mod metrics;
 pub mod printable;
 pub mod progress;
 pub mod queue;
+pub mod regular_file;
 pub mod request;
 pub mod settle;
 pub mod status;

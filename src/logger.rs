@@ -2,10 +2,12 @@
 //!
 //! Whatever senders and destinations put into a value, it stays within that value: quotes and
 //! control characters are escaped, so that nobody forges lines or drives a terminal. A log that
-//! cannot be written is lost in silence; it never stops the program.
+//! cannot be written is lost, and one that nobody reads is dropped: it never stops the program, nor
+//! any thread of it. Panics are logged like all else.
 
 use std::fmt::{self, Write as _};
-use std::io::{self, IsTerminal, Write as _};
+use std::io::{self, IsTerminal};
+use std::panic::PanicHookInfo;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -13,7 +15,9 @@ use std::time::{Duration, Instant, SystemTime};
 use log::kv::{self, Key, Value, VisitSource};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use crate::lines::Lines;
 use crate::printable;
+use crate::thread::Threads;
 
 /// Bytes of a message or value, before escaping; what is longer is cut.
 const VALUE_BYTES_MAX: usize = 1000;
@@ -22,26 +26,86 @@ const LIMIT_INTERVAL: Duration = Duration::from_secs(10);
 /// Left out when zero: see [`LogLimit`].
 const SUPPRESSED: &str = "suppressed";
 
+/// How long the end of the program waits for whoever reads the log.
+const FLUSH_TIME: Duration = Duration::from_secs(2);
+
 static OTHER_CRATES: LogLimit = LogLimit::new();
 
 static LOGGER: Logger = Logger {
     color: AtomicBool::new(false),
 };
 
+/// On their way to stderr.
+static LINES: Lines = Lines::new(dropped_line);
+
 /// Logs to stderr from now on, up to `level`; of other crates, warnings and errors only.
 ///
 /// Coloured on a terminal, unless the environment has `LOG_COLOR=false` or `NO_COLOR`;
 /// `LOG_COLOR=true` colours always. Calling it again changes the level.
-pub fn init(level: LevelFilter) {
+///
+/// # Errors
+/// The system's, when it gives no thread.
+pub fn init(level: LevelFilter) -> io::Result<()> {
     let wanted = color_wanted(
         std::env::var("LOG_COLOR").ok().as_deref(),
         std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty()),
         io::stderr().is_terminal(),
     );
     LOGGER.color.store(wanted, Ordering::Relaxed);
+    static IS_WRITING: Mutex<bool> = Mutex::new(false);
+    let mut is_writing = IS_WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*is_writing {
+        Threads::default().spawn_spare("log".to_owned(), || LINES.write_to(io::stderr()))?;
+        *is_writing = true;
+    }
     // Fails when there is a logger already: this one, or a test's.
     let _ = log::set_logger(&LOGGER);
     log::set_max_level(level);
+    Ok(())
+}
+
+/// Logs panics from now on. What the standard library would do waits for whoever reads stderr.
+pub fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        log_panic(panic);
+        // Of the main thread, it is the end of the program.
+        if std::thread::current().name() == Some("main") {
+            flush();
+        }
+    }));
+}
+
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let thread = std::thread::current();
+    let thread = thread.name().unwrap_or("");
+    let at = panic.location().map(ToString::to_string);
+    let at = at.unwrap_or_default();
+    let what = panic.payload_as_str().unwrap_or("");
+    log::error!(thread, at, what; "a thread panicked: please report it");
+}
+
+/// The last words of a program that logs, not in logfmt: for whoever looks at its exit status.
+pub fn say_last(words: &dyn fmt::Display) {
+    LINES.push_last(format!("{words}\n"));
+}
+
+/// Waits until all that was logged is written, but not for long when nobody reads it.
+pub fn flush() {
+    LINES.flush(FLUSH_TIME);
+}
+
+/// How many lines were not written, because nobody read them or because of an error.
+pub fn dropped() -> u64 {
+    LINES.dropped()
+}
+
+fn dropped_line(count: u64) -> String {
+    let color = LOGGER.color.load(Ordering::Relaxed);
+    let pairs = [("lines", count)];
+    let mut record = Record::builder();
+    record.level(Level::Warn).key_values(&pairs);
+    record.args(format_args!("log lines dropped, nobody read them"));
+    line(&record.build(), SystemTime::now(), color)
 }
 
 fn color_wanted(log_color: Option<&str>, no_color: bool, terminal: bool) -> bool {
@@ -68,13 +132,13 @@ impl Log for Logger {
             && (is_own(record.metadata()) || OTHER_CRATES.allow().is_some());
         if is_logged {
             let color = self.color.load(Ordering::Relaxed);
-            let line = line(record, SystemTime::now(), color);
-            // Nobody is left to tell when it fails.
-            let _ = io::stderr().lock().write_all(line.as_bytes());
+            LINES.push(line(record, SystemTime::now(), color));
         }
     }
 
-    fn flush(&self) {}
+    fn flush(&self) {
+        flush();
+    }
 }
 
 fn is_own(metadata: &Metadata<'_>) -> bool {
@@ -262,6 +326,14 @@ mod tests {
     }
 
     #[test]
+    fn dropped_lines_are_told_of_in_logfmt() {
+        let line = dropped_line(7);
+        assert!(line.starts_with("ts="), "{line}");
+        let rest = " level=warn msg=\"log lines dropped, nobody read them\" lines=7\n";
+        assert!(line.ends_with(rest), "{line}");
+    }
+
+    #[test]
     fn suppressed_is_left_out_when_zero() {
         let with = |count: u64| {
             logged(
@@ -318,8 +390,8 @@ mod tests {
 
     #[test]
     fn of_other_crates_only_warnings_and_errors() {
-        init(LevelFilter::Debug);
-        init(LevelFilter::Debug);
+        init(LevelFilter::Debug).unwrap();
+        init(LevelFilter::Debug).unwrap();
         let enabled = |target: &str, level| {
             LOGGER.enabled(&Metadata::builder().target(target).level(level).build())
         };

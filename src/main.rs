@@ -50,16 +50,25 @@ fn run(path: &Path) -> i32 {
         Ok(config) => config,
         Err(error) => return complain(error, MISUSED),
     };
-    logger::init(config.log.level);
-    for warning in config.warnings() {
+    if let Err(error) = logger::init(config.log.level) {
+        return complain(format!("cannot start the log: {error}"), FAILED);
+    }
+    logger::log_panics();
+    for warning in config.all_warnings() {
         log::warn!("{warning}");
     }
     // Read again on SIGHUP, wherever the program is then.
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    match app::run(config, &|| Config::load(&path)) {
+    let status = match app::run(config, &|| Config::load(&path)) {
         Ok(()) => 0,
-        Err(error) => complain(error, FAILED),
-    }
+        Err(error) => {
+            // After what was logged, and as that without waiting for whoever reads it.
+            logger::say_last(&format_args!("asyncproxy: {error}"));
+            FAILED
+        }
+    };
+    logger::flush();
+    status
 }
 
 /// Runs a command that takes the settings and prints something.
@@ -85,7 +94,7 @@ fn with_output(
 fn check_config(path: &Path) -> i32 {
     match Config::load(path) {
         Ok(config) => {
-            for warning in config.warnings() {
+            for warning in config.all_warnings() {
                 complain(format!("warning: {warning}"), 0);
             }
             print(&config.effective())

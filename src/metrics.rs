@@ -16,6 +16,7 @@ use prometheus::{
 
 pub use paths::PathMetrics;
 
+use crate::logger;
 use crate::queue::Sample;
 use crate::settle::Outcome;
 use crate::trend::{Moment, Trend};
@@ -64,6 +65,8 @@ pub struct Metrics {
     pub batch_append: Histogram,
     pub batch_claim: Histogram,
     pub batch_settle: Histogram,
+    /// As far as it is known here: see [`logger::dropped`].
+    log_dropped: Mutex<IntCounter>,
     reloads: Reloads,
     rows: RowGauges,
     trend: Mutex<Trend>,
@@ -203,6 +206,7 @@ impl Metrics {
             batch_append,
             batch_claim,
             batch_settle,
+            log_dropped: make.log_dropped()?,
             reloads: make.reloads()?,
             rows: make.rows()?,
             trend: Mutex::default(),
@@ -290,6 +294,10 @@ impl Metrics {
     /// # Errors
     /// The encoder's.
     pub fn encode(&self) -> Result<Vec<u8>, prometheus::Error> {
+        let log_dropped = &self.log_dropped;
+        let log_dropped = log_dropped.lock().unwrap_or_else(PoisonError::into_inner);
+        log_dropped.inc_by(logger::dropped().saturating_sub(log_dropped.get()));
+        drop(log_dropped);
         let mut text = Vec::with_capacity(16 * 1024);
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(text)
@@ -469,6 +477,14 @@ impl Make {
             &BATCH_BUCKETS,
         )?;
         Ok(["append", "claim", "settle"].map(|op| batches.with_label_values(&[op])))
+    }
+
+    fn log_dropped(&self) -> Result<Mutex<IntCounter>, prometheus::Error> {
+        let counter = self.counter(
+            "asyncproxy_log_dropped_total",
+            "Log lines that were not written, because nobody read them or because of an error.",
+        )?;
+        Ok(Mutex::new(counter))
     }
 
     fn reloads(&self) -> Result<Reloads, prometheus::Error> {

@@ -22,6 +22,8 @@ use crate::thread::Threads;
 const LOOK: Duration = Duration::from_secs(5);
 /// How much more time is asked for while stopping, each time.
 const EXTENSION: Duration = Duration::from_secs(15);
+/// How long systemd may take to take what it is told.
+const TOLD_WITHIN: Duration = Duration::from_secs(1);
 /// Longest text of a status.
 const STATUS_BYTES_MAX: usize = 400;
 
@@ -53,8 +55,11 @@ impl Notifier {
         // Set for another process, it came here by inheritance.
         let is_ours = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
         let watchdog = number("WATCHDOG_USEC").filter(|usec| *usec > 0 && is_ours);
+        let socket = UnixDatagram::unbound()?;
+        // One who does not listen must not hold up the start, a stop or a reload.
+        socket.set_write_timeout(Some(TOLD_WITHIN))?;
         Ok(Some(Arc::new(Notifier {
-            socket: UnixDatagram::unbound()?,
+            socket,
             address: address(&path)?,
             watchdog: watchdog.map(Duration::from_micros),
             is_stopping: AtomicBool::new(false),

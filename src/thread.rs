@@ -18,6 +18,8 @@ type Handles = Vec<(String, JoinHandle<()>)>;
 pub struct Threads {
     handles: Arc<Mutex<Handles>>,
     ended: (Sender<String>, Receiver<String>),
+    #[cfg(test)]
+    left: Option<Arc<std::sync::atomic::AtomicUsize>>,
 }
 
 impl Default for Threads {
@@ -25,6 +27,8 @@ impl Default for Threads {
         Threads {
             handles: Arc::default(),
             ended: bounded(64),
+            #[cfg(test)]
+            left: None,
         }
     }
 }
@@ -32,6 +36,30 @@ impl Default for Threads {
 impl Threads {
     fn handles(&self) -> MutexGuard<'_, Handles> {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those of a system that gives no more than so many.
+    #[cfg(test)]
+    pub(crate) fn of_at_most(count: usize) -> Threads {
+        Threads {
+            left: Some(Arc::new(count.into())),
+            ..Threads::default()
+        }
+    }
+
+    fn start(
+        &self,
+        name: String,
+        body: impl FnOnce() + Send + 'static,
+    ) -> io::Result<JoinHandle<()>> {
+        #[cfg(test)]
+        if let Some(left) = &self.left {
+            use std::sync::atomic::Ordering::SeqCst;
+            let one_less = |left: usize| left.checked_sub(1);
+            left.fetch_update(SeqCst, SeqCst, one_less)
+                .map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
+        }
+        start(name, body)
     }
 
     /// Starts a thread that runs until the end of the program.
@@ -45,7 +73,7 @@ impl Threads {
     ) -> io::Result<()> {
         let name = name.into();
         let farewell = Farewell::new(&name, self);
-        let handle = start(name.clone(), move || {
+        let handle = self.start(name.clone(), move || {
             let _farewell = farewell;
             body();
         })?;
@@ -63,7 +91,7 @@ impl Threads {
         body: impl FnOnce() + Send + 'static,
     ) -> io::Result<()> {
         let farewell = Farewell::new(&name, self);
-        start(name, move || {
+        self.start(name, move || {
             let mut farewell = farewell;
             body();
             farewell.name = None;

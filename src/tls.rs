@@ -31,6 +31,7 @@ pub enum ClientConfig {}
 
 #[cfg(feature = "tls")]
 mod with_tls {
+    use std::io;
     use std::path::Path;
     use std::sync::Arc;
 
@@ -41,6 +42,11 @@ mod with_tls {
     use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
     use rustls::server::ParsedCertificate;
     use rustls::{ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+
+    use crate::regular_file;
+
+    /// A system's roots are some 200 KB.
+    const PEM_BYTES_MAX: usize = 8 * 1024 * 1024;
 
     /// What a server's certificate must be.
     #[derive(Debug)]
@@ -119,8 +125,18 @@ mod with_tls {
     /// The system's roots: `SSL_CERT_FILE` and `SSL_CERT_DIR` if set, else the usual places.
     ///
     /// # Errors
-    /// There are none.
+    /// There are none, or the file cannot be read.
     pub(crate) fn system_roots() -> Result<RootCertStore, String> {
+        if let Some(path) = std::env::var_os("SSL_CERT_FILE") {
+            // Whoever reads it below would wait for the end of whatever it is.
+            let path = Path::new(&path);
+            if let Err(error) = regular_file::open(path)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                let path = path.display();
+                return Err(format!("SSL_CERT_FILE={path}: {error}; set it to one"));
+            }
+        }
         let found = rustls_native_certs::load_native_certs();
         let mut store = RootCertStore::empty();
         store.add_parsable_certificates(found.certs);
@@ -132,8 +148,8 @@ mod with_tls {
 
     fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
         let failed = |error: PemError| format!("{}: {}", path.display(), pem_error(&error));
-        let found = CertificateDer::pem_file_iter(path)
-            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        let found = CertificateDer::pem_slice_iter(&pem(path)?)
+            .collect::<Result<Vec<_>, _>>()
             .map_err(failed)?;
         if found.is_empty() {
             return Err(format!("{}: no certificate in it (PEM)", path.display()));
@@ -142,13 +158,18 @@ mod with_tls {
     }
 
     fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
-        PrivateKeyDer::from_pem_file(path).map_err(|error| match error {
+        PrivateKeyDer::from_pem_slice(&pem(path)?).map_err(|error| match error {
             PemError::NoItemsFound => format!(
                 "{}: no private key without a passphrase in it (PEM)",
                 path.display()
             ),
             error => format!("{}: {}", path.display(), pem_error(&error)),
         })
+    }
+
+    fn pem(path: &Path) -> Result<Vec<u8>, String> {
+        regular_file::read(path, PEM_BYTES_MAX)
+            .map_err(|error| format!("{}: {error}", path.display()))
     }
 
     fn pem_error(error: &PemError) -> String {

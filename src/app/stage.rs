@@ -88,6 +88,7 @@ pub(super) fn upstream(config: &Config, request_timeout: Duration) -> Upstream {
 }
 
 /// What the stages of the pipeline share.
+#[derive(Clone)]
 pub(super) struct Stage {
     pub(super) store: Arc<dyn Store>,
     pub(super) spool: Option<Arc<Spool>>,

@@ -1,4 +1,6 @@
-//! Starts the pipeline, from its end to its beginning: what takes requests comes last.
+//! Starts the pipeline, from its end to its beginning: what takes requests comes last, and after all
+//! else that can fail. Should a step fail all the same when rows may be leased or senders answered
+//! already, what was taken on is drained as at any stop.
 
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicUsize};
 use std::sync::{Arc, RwLock};
@@ -9,7 +11,7 @@ use prometheus::IntGauge;
 use socket2::Socket;
 
 use super::stage::Stage;
-use super::{RunError, Running, cannot_start, mark, spawn};
+use super::{Listeners, RunError, Running, cannot_start, is_handed_over, mark, spawn};
 use crate::admission::{Admission, Committing};
 use crate::budget::Budget;
 use crate::config::{Acceptor as AcceptorKind, Ack, Config, shown_address};
@@ -70,9 +72,10 @@ impl Running {
     pub(super) fn start(
         config: &Config,
         (threads, signals): (Threads, Receiver<i32>),
-        (listener, control_listener): (Socket, Socket),
-        max_connections: usize,
+        listeners: Listeners,
     ) -> Result<Running, RunError> {
+        let notifier = Notifier::from_env(|name| std::env::var_os(name))
+            .map_err(cannot_start("telling systemd, as NOTIFY_SOCKET asks for,"))?;
         let (stage, filled) = Stage::new(config, threads)?;
         let (wake, woken) = Wake::new();
         let (claiming, stop) = bounded(0);
@@ -97,23 +100,16 @@ impl Running {
         });
         let slots = start_workers(&stage, config, &shared, &direct, &claimed)?;
         let poller = new_poller(config, &stage, &room, (woken, stop), claimed_sender);
-        spawn(&stage.threads, "poller", move || poller.run())?;
         let committing = Committing {
             places: Arc::clone(&places),
             settlements: settlements.clone(),
             request_timeout: config.proxy.request_timeout,
         };
         let intake = new_intake(config, &stage, direct_sender, appender, committing);
-        let intake = Arc::new(intake);
-        // Last: from here on there is something to lose.
-        let status = stage.status(config);
-        start_control(config, &stage, &intake, &status, control_listener)?;
-        let accepting = start_intake(&stage, config, listener, max_connections, &intake)?;
-        let notifier = tell_systemd(config, &stage, status)?;
         let drain = Drain {
-            store: stage.store,
-            spool: stage.spool,
-            metrics: stage.metrics,
+            store: Arc::clone(&stage.store),
+            spool: stage.spool.clone(),
+            metrics: Arc::clone(&stage.metrics),
             room,
             places,
             settlements,
@@ -122,19 +118,77 @@ impl Running {
             slots,
             hurry: Some(hurry_sender),
         };
-        Ok(Running {
+        let running = Running {
             notifier,
-            health: stage.health,
+            health: Arc::clone(&stage.health),
             shared,
-            tunables: stage.tunables,
-            threads: stage.threads,
+            tunables: stage.tunables.clone(),
+            threads: stage.threads.clone(),
             signals,
-            accepting,
-            intake,
+            accepting: None,
+            intake: Arc::new(intake),
             drain,
             claiming,
             claim_time_max: 2 * config.db.timeout,
-        })
+        };
+        running.begin(config, &stage, poller, listeners)
+    }
+
+    /// Begins to take on what must not be lost: rows, then requests.
+    fn begin(
+        self,
+        config: &Config,
+        stage: &Stage,
+        poller: Poller,
+        listeners: Listeners,
+    ) -> Result<Running, RunError> {
+        match self.take_on(config, stage, poller, listeners) {
+            Ok(accepting) => {
+                if let Some(notifier) = &self.notifier {
+                    notifier.ready();
+                }
+                Ok(Running {
+                    accepting: Some(accepting),
+                    ..self
+                })
+            }
+            Err(error) => {
+                log::error!(error:%; "the start failed, stopping");
+                match self.drain(config.server.shutdown_timeout, is_handed_over(config)) {
+                    0 => Err(error),
+                    lost => Err(RunError::Lost(lost)),
+                }
+            }
+        }
+    }
+
+    fn take_on(
+        &self,
+        config: &Config,
+        stage: &Stage,
+        poller: Poller,
+        listeners: Listeners,
+    ) -> Result<Accepting, RunError> {
+        let intake = &self.intake;
+        let status = stage.status(config);
+        start_control(config, stage, intake, &status, listeners.control)?;
+        if let Some(notifier) = &self.notifier {
+            let stop_max = config.server.shutdown_timeout + STOP_TIME;
+            let progress = Arc::clone(&stage.progress);
+            notifier
+                .start(status, progress, stop_max, &stage.threads)
+                .map_err(cannot_start("thread systemd"))?;
+        }
+        // From here on rows are leased.
+        spawn(&stage.threads, "poller", move || poller.run())?;
+        // And from here on senders are answered: nothing may come after it that can fail.
+        start_intake(
+            stage,
+            config,
+            listeners.intake,
+            listeners.max_connections,
+            intake,
+        )
     }
 }
 
@@ -391,19 +445,35 @@ fn start_intake(
             Accepting::Builtin(acceptor)
         }
         AcceptorKind::TinyHttp => {
-            let acceptor = tiny_http::Acceptor::new(listener.into(), Arc::clone(intake));
-            let acceptor = Arc::new(acceptor.map_err(cannot_start("intake"))?);
-            for number in 1..=tiny_http::THREADS {
-                let acceptor = Arc::clone(&acceptor);
-                spawn(&stage.threads, format!("intake-{number}"), move || {
-                    acceptor.run()
-                })?;
-            }
-            Accepting::TinyHttp(acceptor)
+            Accepting::TinyHttp(start_tiny_http(&stage.threads, listener, intake)?)
         }
     };
     log::info!(addr:% = address; "listening");
     Ok(accepting)
+}
+
+/// It accepts as soon as it is there, so the threads that answer come first.
+fn start_tiny_http(
+    threads: &Threads,
+    listener: Socket,
+    intake: &Arc<Intake>,
+) -> Result<Arc<tiny_http::Acceptor>, RunError> {
+    let (hand_out, waiting) = bounded::<Arc<tiny_http::Acceptor>>(tiny_http::THREADS);
+    for number in 1..=tiny_http::THREADS {
+        let waiting = waiting.clone();
+        spawn(threads, format!("intake-{number}"), move || {
+            if let Ok(acceptor) = waiting.recv() {
+                acceptor.run();
+            }
+        })?;
+    }
+    let acceptor = tiny_http::Acceptor::new(listener.into(), Arc::clone(intake));
+    let acceptor = Arc::new(acceptor.map_err(cannot_start("intake"))?);
+    for _ in 0..tiny_http::THREADS {
+        // There is room for all, and each waits for one.
+        let _ = hand_out.send(Arc::clone(&acceptor));
+    }
+    Ok(acceptor)
 }
 
 fn start_control(
@@ -435,24 +505,4 @@ fn start_control(
     .map_err(cannot_start("control"))?;
     log::info!(addr:% = address; "serving metrics and health");
     Ok(())
-}
-
-/// Says that all is up, if systemd wants to know, and goes on telling.
-fn tell_systemd(
-    config: &Config,
-    stage: &Stage,
-    status: Arc<Status>,
-) -> Result<Option<Arc<Notifier>>, RunError> {
-    let notifier = Notifier::from_env(|name| std::env::var_os(name));
-    let notifier = notifier.map_err(cannot_start("telling systemd, as NOTIFY_SOCKET asks for,"))?;
-    let Some(notifier) = notifier else {
-        return Ok(None);
-    };
-    let stop_max = config.server.shutdown_timeout + STOP_TIME;
-    let progress = Arc::clone(&stage.progress);
-    notifier
-        .start(status, progress, stop_max, &stage.threads)
-        .map_err(cannot_start("thread systemd"))?;
-    notifier.ready();
-    Ok(Some(notifier))
 }

@@ -8,8 +8,6 @@ mod load;
 mod report;
 mod schedule;
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::net::{IpAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -19,6 +17,7 @@ use lexopt::{Arg, Parser};
 
 use super::{Command, next, text, unexpected, value};
 use crate::config::{RemoteUrl, parse_positive_duration};
+use crate::regular_file;
 use crate::request::{self, Headers, Request};
 use crate::upstream;
 pub use load::run;
@@ -162,19 +161,7 @@ fn read_body(path: &PathBuf) -> Result<Vec<u8>, String> {
     let wrong = |why: &str| {
         format!("--body: {path:?}: {why}: must be a file that can be read, of at most 64MiB")
     };
-    let read = || -> io::Result<Vec<u8>> {
-        let mut body = Vec::new();
-        // One byte more than is accepted tells a file that is too large, even an endless one.
-        let file = File::open(path)?;
-        file.take(BODY_BYTES_MAX as u64 + 1)
-            .read_to_end(&mut body)?;
-        Ok(body)
-    };
-    let body = read().map_err(|error| wrong(&error.to_string()))?;
-    match body.len() > BODY_BYTES_MAX {
-        true => Err(wrong("too large")),
-        false => Ok(body),
-    }
+    regular_file::read(path, BODY_BYTES_MAX).map_err(|error| wrong(&error.to_string()))
 }
 
 #[cfg(test)]

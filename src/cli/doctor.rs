@@ -62,6 +62,7 @@ pub fn run(path: &Path, options: Doctor) -> Report {
     for warning in config.warnings() {
         findings.push(Finding::warning(ABOUT, warning, "leave it out"));
     }
+    findings.extend(config.exposed().iter().map(settings::exposed));
     findings.extend(settings::findings(&config));
     findings.extend(machine::findings(&config));
     match &config.db.database {

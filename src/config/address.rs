@@ -1,8 +1,10 @@
 //! Addresses: where to listen, and where to send to.
 
 use std::fmt;
+use std::fs::Metadata;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
@@ -10,6 +12,7 @@ use http::uri::{Authority, Scheme, Uri};
 use listenfd::ListenFd;
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::regular_file::kind_of;
 use crate::upstream;
 
 /// Connections that may wait to be accepted; the kernel may allow fewer (`net.core.somaxconn`).
@@ -136,21 +139,50 @@ fn listen_tcp(address: SocketAddr) -> io::Result<Socket> {
 
 fn listen_unix(path: &Path) -> io::Result<Socket> {
     let address = SockAddr::unix(path)?;
+    remove_abandoned(path, &address)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    let mut bound = socket.bind(&address);
-    if let Err(error) = &bound
-        && error.kind() == io::ErrorKind::AddrInUse
-        && Socket::new(Domain::UNIX, Type::STREAM, None)?
-            .connect(&address)
-            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
-    {
-        // A socket that nobody listens on any more, left behind by a crash.
-        std::fs::remove_file(path)?;
-        bound = socket.bind(&address);
-    }
-    bound?;
+    socket.bind(&address)?;
     socket.listen(BACKLOG)?;
     Ok(socket)
+}
+
+/// Makes way: removes a socket that nobody listens on, such as a crash leaves behind, and nothing
+/// else, whatever it may be.
+fn remove_abandoned(path: &Path, address: &SockAddr) -> io::Result<()> {
+    let Some(found) = found_at(path)? else {
+        return Ok(());
+    };
+    if !found.file_type().is_socket() {
+        let kind = kind_of(found.file_type());
+        let why = format!("{path:?} is {kind}, not a socket, and is left as it is");
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, why));
+    }
+    if is_abandoned(address)? {
+        // Another that starts at the same time may have replaced it by now.
+        let is_same = |now: Metadata| (now.dev(), now.ino()) == (found.dev(), found.ino());
+        if found_at(path)?.is_some_and(is_same) {
+            std::fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
+/// What is there already; a symbolic link is not followed, as `bind` does not follow it.
+fn found_at(path: &Path) -> io::Result<Option<Metadata>> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether nobody listens on a socket any more. Any other answer, or none, means that somebody may.
+fn is_abandoned(address: &SockAddr) -> io::Result<bool> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // Or it would wait for room in the backlog of one who listens.
+    socket.set_nonblocking(true)?;
+    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+    Ok(socket.connect(address).is_err_and(refused))
 }
 
 /// What systemd handed over. Asked for once: that takes it out of the environment.
@@ -263,13 +295,79 @@ mod tests {
         std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
     }
 
+    /// Listens as soon as a socket that was closed is closed everywhere: a process that another
+    /// test starts at this moment has a copy of it between fork and exec.
+    fn listen_again(bind: &Bind) -> Socket {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        loop {
+            match bind.listen() {
+                Ok(socket) => return socket,
+                Err(error) => assert!(std::time::Instant::now() < deadline, "{error}"),
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+
     #[test]
     fn a_unix_socket_left_behind_is_replaced_and_one_in_use_is_not() {
         let directory = tempfile::tempdir().unwrap();
         let bind = Bind::Unix(directory.path().join("a.sock"));
         drop(bind.listen().unwrap());
-        let _listening = bind.listen().unwrap();
+        let listening = listen_again(&bind);
         assert_eq!(bind.listen().unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        // Nor when there is no room for another who wants to connect.
+        listening.listen(0).unwrap();
+        let connect = || {
+            let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            let connected = socket.connect(&listening.local_addr().unwrap());
+            (socket, connected)
+        };
+        let mut connected = vec![connect()];
+        while connected.iter().all(|(_, connected)| connected.is_ok()) {
+            connected.push(connect());
+        }
+        assert_eq!(bind.listen().unwrap_err().kind(), io::ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn what_is_no_socket_is_left_as_it_is_and_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        std::fs::write(path("file"), "precious").unwrap();
+        std::fs::write(path("empty"), "").unwrap();
+        std::fs::create_dir(path("directory")).unwrap();
+        std::os::unix::fs::symlink(path("file"), path("link")).unwrap();
+        std::os::unix::fs::symlink(path("nowhere"), path("dangling")).unwrap();
+        // A link to an abandoned socket is somebody's, too.
+        drop(Bind::Unix(path("socket")).listen().unwrap());
+        std::os::unix::fs::symlink(path("socket"), path("to-socket")).unwrap();
+        let status = std::process::Command::new("mkfifo")
+            .arg(path("fifo"))
+            .status();
+        assert!(status.unwrap().success());
+        for (name, kind) in [
+            ("file", "a regular file"),
+            ("empty", "a regular file"),
+            ("directory", "a directory"),
+            ("link", "a symbolic link"),
+            ("dangling", "a symbolic link"),
+            ("to-socket", "a symbolic link"),
+            ("fifo", "a FIFO"),
+            ("/dev/null", "a character device"),
+        ] {
+            let path = path(name);
+            let before = std::fs::symlink_metadata(&path).unwrap();
+            let error = Bind::Unix(path.clone()).listen().unwrap_err().to_string();
+            assert!(error.contains(kind) && error.contains(name), "{error}");
+            let after = std::fs::symlink_metadata(&path).unwrap();
+            assert_eq!(
+                (before.ino(), before.file_type()),
+                (after.ino(), after.file_type())
+            );
+        }
+        assert_eq!(std::fs::read(path("file")).unwrap(), b"precious");
+        assert!(!path("nowhere").exists());
     }
 
     #[test]

@@ -15,6 +15,16 @@ pub enum Database {
     Postgres(Box<PostgresServer>),
 }
 
+impl Database {
+    /// Whether the connection string holds a password.
+    pub(super) fn has_password(&self) -> bool {
+        match self {
+            Database::Sqlite(_) => false,
+            Database::Postgres(server) => server.config.get_password().is_some(),
+        }
+    }
+}
+
 /// A Postgres server and how to speak to it.
 #[derive(Debug, Clone)]
 pub struct PostgresServer {
@@ -62,6 +72,8 @@ const ACCEPTED: &str = "sqlite:PATH, a URL such as postgres://user:password@host
 pub(super) struct Parsed {
     pub(super) database: Database,
     pub(super) ignored: Vec<String>,
+    /// `sslkey`.
+    pub(super) key_file: Option<PathBuf>,
 }
 
 /// `default_user` is who connects if the string does not say.
@@ -73,6 +85,7 @@ pub(super) fn parse(text: &str, default_user: &str) -> Result<Parsed, String> {
         return Ok(Parsed {
             database: Database::Sqlite(file(path, ACCEPTED)?),
             ignored: Vec::new(),
+            key_file: None,
         });
     }
     let mut ignored = Vec::new();
@@ -82,6 +95,7 @@ pub(super) fn parse(text: &str, default_user: &str) -> Result<Parsed, String> {
     } else {
         filter_keywords(text, &mut ignored)?
     };
+    let key_file = ssl.key_file();
     let (ssl_mode, tls) = ssl.resolve()?;
     let mut config: postgres::Config = rewritten.parse().map_err(|error: postgres::Error| {
         let cause = std::error::Error::source(&error).map(ToString::to_string);
@@ -101,6 +115,7 @@ pub(super) fn parse(text: &str, default_user: &str) -> Result<Parsed, String> {
     Ok(Parsed {
         database: Database::Postgres(Box::new(PostgresServer { config, tls })),
         ignored,
+        key_file,
     })
 }
 
@@ -279,6 +294,7 @@ mod tests {
             Ok(Parsed {
                 database: Database::Postgres(server),
                 ignored,
+                ..
             }) => (server.config, ignored),
             Ok(_) => panic!("{text} is not Postgres"),
             Err(error) => panic!("{text}: {error}"),

@@ -1,12 +1,13 @@
 //! Values that come from files: those that `NAME_FILE` names, and systemd's credentials. Reads
 //! them, never shows what they hold.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 
-/// Bytes; more than any setting needs.
-const VALUE_BYTES_MAX: u64 = 64 * 1024;
+use crate::regular_file;
+
+/// More than any setting needs.
+const VALUE_BYTES_MAX: usize = 64 * 1024;
 
 /// What a file holds, less one line end. None if there is no such file.
 ///
@@ -14,19 +15,11 @@ const VALUE_BYTES_MAX: u64 = 64 * 1024;
 /// What is wrong with the file, its path first, without its content.
 pub(super) fn read(path: &Path) -> Result<Option<String>, String> {
     let wrong = |what: &str| format!("{path:?}: {what}");
-    let cannot = |error: io::Error| wrong(&format!("cannot read it: {error}"));
-    let file = match File::open(path) {
-        Ok(file) => file,
+    let bytes = match regular_file::read(path, VALUE_BYTES_MAX) {
+        Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(cannot(error)),
+        Err(error) => return Err(wrong(&format!("cannot read it: {error}"))),
     };
-    let mut bytes = Vec::new();
-    file.take(VALUE_BYTES_MAX + 1)
-        .read_to_end(&mut bytes)
-        .map_err(cannot)?;
-    if bytes.len() as u64 > VALUE_BYTES_MAX {
-        return Err(wrong("must hold at most 64KiB"));
-    }
     let text = String::from_utf8(bytes).map_err(|_| wrong("must be UTF-8"))?;
     if text.contains('\0') {
         return Err(wrong("must not hold NUL"));
@@ -61,7 +54,7 @@ mod tests {
         for (bytes, part) in [
             (b"hush\xff".to_vec(), "UTF-8"),
             (b"hush\0".to_vec(), "NUL"),
-            (b"hush".repeat(20_000), "64KiB"),
+            (b"hush".repeat(20_000), "more than 65536 bytes"),
         ] {
             std::fs::write(&path, bytes).unwrap();
             let error = read(&path).unwrap_err();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_yaml::Value;
 
@@ -39,6 +39,8 @@ struct Source {
     name: String,
     /// A file of its own: its content is not shown, it may be a secret put in the wrong place.
     is_hidden: bool,
+    /// The file, if its rights are the operator's concern: those of credentials are systemd's.
+    path: Option<PathBuf>,
 }
 
 impl fmt::Debug for Raw {
@@ -77,7 +79,7 @@ impl Raw {
             if let Some(text) = files::read(&directory.join(setting.key))
                 .map_err(|error| ConfigError(format!("{} (from {name}): {error}", setting.key)))?
             {
-                self.take_file(setting, name, text);
+                self.take_file(setting, name, None, text);
             }
         }
         // Only for the warnings: a directory that cannot be listed may still be read from.
@@ -109,6 +111,7 @@ impl Raw {
                 let source = Source {
                     name,
                     is_hidden: false,
+                    path: None,
                 };
                 self.texts.insert(setting.key, (text, Some(source)));
             }
@@ -118,16 +121,23 @@ impl Raw {
                     .map_err(|error| {
                         ConfigError(format!("{} (from {file_name}): {error}", setting.key))
                     })?;
-                self.take_file(setting, file_name, text);
+                self.take_file(setting, file_name, Some(path.into()), text);
             }
         }
         Ok(())
     }
 
-    fn take_file(&mut self, setting: &'static Setting, name: String, text: String) {
+    fn take_file(
+        &mut self,
+        setting: &'static Setting,
+        name: String,
+        path: Option<PathBuf>,
+        text: String,
+    ) {
         let source = Source {
             name,
             is_hidden: true,
+            path,
         };
         self.texts.insert(setting.key, (text, Some(source)));
     }
@@ -192,6 +202,15 @@ impl Raw {
 
     pub(super) fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// The file that a setting's text is from, when its rights are the operator's concern; `yaml` is
+    /// the one with all settings.
+    pub(super) fn file_of<'a>(&'a self, key: &str, yaml: Option<&'a Path>) -> Option<&'a Path> {
+        match self.texts.get(key) {
+            Some((_, Some(source))) => source.path.as_deref(),
+            _ => yaml,
+        }
     }
 
     fn is_hidden(&self, key: &str) -> bool {

@@ -1,6 +1,7 @@
 //! What is to be verified and shown when TLS is spoken: `proxy.ca_file` and its like, and in a connection
 //! string `sslmode` and its like, as libpq means them.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use postgres::config::SslMode;
@@ -43,6 +44,11 @@ impl Ssl {
         };
         *place = Some(value.to_owned()).filter(|value| !value.is_empty());
         true
+    }
+
+    /// `sslkey`.
+    pub(super) fn key_file(&self) -> Option<PathBuf> {
+        self.key.as_ref().map(PathBuf::from)
     }
 
     /// # Errors

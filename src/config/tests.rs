@@ -339,3 +339,72 @@ fn values_come_from_files_and_credentials_and_are_not_shown() {
         !hidden.effective().contains("hush") && !format!("{:?}", hidden.server).contains("hush")
     );
 }
+
+#[test]
+fn each_form_of_a_value_that_documents_show_is_accepted_from_the_environment() {
+    let defaults = load("").unwrap().effective();
+    for setting in SETTINGS {
+        let name = setting.env();
+        let env = |asked: &str| (asked == name).then(|| setting.default.to_owned());
+        let config = Config::from_yaml("", &env).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(config.effective(), defaults, "{name}={}", setting.default);
+    }
+    for text in ["410", "[410]", "410,404", "[410, 404]", "[]"] {
+        let env = |name: &str| (name == "QUEUE_GIVE_UP_STATUSES").then(|| text.to_owned());
+        let from_env = Config::from_yaml("", &env).unwrap_or_else(|error| panic!("{error}"));
+        let in_yaml = text.trim_matches(['[', ']']);
+        let from_yaml = load(&format!("queue: {{give_up_statuses: [{in_yaml}]}}")).unwrap();
+        let statuses = |config: &Config| config.queue.retry.give_up_statuses.clone();
+        assert_eq!(statuses(&from_env), statuses(&from_yaml), "{text}");
+        // What is shown can be given again.
+        let again = load(&from_env.effective()).unwrap();
+        assert_eq!(statuses(&again), statuses(&from_env), "{text}");
+    }
+}
+
+#[test]
+fn a_secret_that_everybody_may_read_is_named_and_no_other() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str, mode| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        path
+    };
+    let secret = "host=h password=hush";
+    let yaml = |text: &str| format!("db: {{connection_string: '{text}'}}");
+    let exposed = |path: &Path, env: &[(&str, &Path)]| {
+        let env = |name: &str| {
+            let pair = env.iter().find(|(key, _)| *key == name);
+            pair.map(|(_, path)| path.to_str().unwrap().to_owned())
+        };
+        let raw = Raw::read(&std::fs::read_to_string(path).unwrap(), &env).unwrap();
+        let config = Config::understand(raw, Some(path), &env).unwrap();
+        let said = config.all_warnings().join(" ");
+        assert!(!said.contains("hush"), "{said}");
+        let exposed = config.exposed().iter();
+        exposed
+            .map(|secret| secret.path.clone())
+            .collect::<Vec<_>>()
+    };
+    let open = write("open.yaml", &yaml(secret), 0o644);
+    let private = write("private.yaml", &yaml(secret), 0o640);
+    let without = write("without.yaml", &yaml("host=h user=u"), 0o644);
+    let sqlite = write("sqlite.yaml", &yaml("sqlite:a"), 0o644);
+    let file = write("db.connection_string", secret, 0o644);
+    // Its file wins over the YAML; in a directory of credentials it is systemd's.
+    let named: &[(&str, &Path)] = &[("DB_CONNECTION_STRING_FILE", &file)];
+    let credential: &[(&str, &Path)] = &[("CREDENTIALS_DIRECTORY", folder.path())];
+    for (yaml, env, expected) in [
+        (&open, &[][..], Some(&open)),
+        (&private, &[], None),
+        (&without, &[], None),
+        (&sqlite, &[], None),
+        (&open, named, Some(&file)),
+        (&open, credential, None),
+    ] {
+        let expected: Vec<PathBuf> = expected.into_iter().cloned().collect();
+        assert_eq!(exposed(yaml, env), expected, "{yaml:?} {env:?}");
+    }
+}

@@ -130,14 +130,14 @@ where
         .ok_or_else(|| format!("a whole number from {min} to {max}"))
 }
 
-/// Statuses, separated by commas.
+/// Statuses, separated by commas, in brackets or not: as YAML has them, and `--check-config` shows them.
 ///
 /// # Errors
 /// What they must be.
 pub(super) fn failed_statuses(text: &str) -> Result<Vec<u16>, String> {
-    let accepted =
-        "a list of statuses such as 410, 404: from 100 to 599, without those of a delivery (2xx)";
-    text.split(',')
+    let accepted = "a list of statuses such as 410, 404 or [410, 404]: from 100 to 599, without those of a delivery (2xx)";
+    without_brackets(text)
+        .split(',')
         .map(str::trim)
         .filter(|status| !status.is_empty())
         .map(|status| {
@@ -147,6 +147,15 @@ pub(super) fn failed_statuses(text: &str) -> Result<Vec<u16>, String> {
                 .ok_or_else(|| accepted.to_owned())
         })
         .collect()
+}
+
+/// What a list holds that may be in brackets.
+pub(super) fn without_brackets(text: &str) -> &str {
+    let text = text.trim();
+    let inner = text
+        .strip_prefix('[')
+        .and_then(|text| text.strip_suffix(']'));
+    inner.unwrap_or(text)
 }
 
 /// A log level.
@@ -265,8 +274,19 @@ mod tests {
             assert!(integer(text, 1, 10).is_err(), "{text}");
         }
         assert_eq!(failed_statuses("410, 404"), Ok(vec![410, 404]));
-        assert_eq!(failed_statuses(""), Ok(vec![]));
-        for text in ["200", "99", "600", "x", "410;404"] {
+        for (text, statuses) in [
+            ("", vec![]),
+            ("[]", vec![]),
+            ("410", vec![410]),
+            ("[410]", vec![410]),
+            ("410,404", vec![410, 404]),
+            (" [ 410, 404 ] ", vec![410, 404]),
+        ] {
+            assert_eq!(failed_statuses(text), Ok(statuses), "{text}");
+        }
+        for text in [
+            "200", "99", "600", "x", "410;404", "[410", "410]", "[[410]]", "[200]",
+        ] {
             assert!(failed_statuses(text).is_err(), "{text}");
         }
         assert_eq!(level("WARN"), Ok(LevelFilter::Warn));

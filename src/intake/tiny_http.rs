@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
+use std::panic::catch_unwind;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime};
@@ -55,8 +56,11 @@ impl Acceptor {
     /// # Errors
     /// The system's, or tiny_http's.
     pub fn new(listener: TcpListener, intake: Arc<Intake>) -> io::Result<Acceptor> {
-        let server =
-            Server::from_listener(listener.try_clone()?, None).map_err(io::Error::other)?;
+        let copy = listener.try_clone()?;
+        // It panics when the system gives no thread, after rows have been leased.
+        let server = catch_unwind(|| Server::from_listener(copy, None))
+            .map_err(|_panic| io::Error::other("tiny_http panicked"))?
+            .map_err(io::Error::other)?;
         Ok(Acceptor {
             server,
             listener,

@@ -5,9 +5,6 @@ use uuid::Uuid;
 use crate::config::RemoteUrl;
 use crate::request::{ATTEMPT_HEADER, ID_HEADER, Request};
 
-/// Longest method that is sent; those that are registered have at most 17 bytes.
-const METHOD_BYTES_MAX: usize = 64;
-
 /// The head of attempt number `attempt` of `request`, under `id`.
 ///
 /// # Errors
@@ -22,12 +19,6 @@ pub(super) fn write(
     request: &Request,
     attempt: u32,
 ) -> Result<Vec<u8>, String> {
-    let method_bytes = request.method.len();
-    if method_bytes > METHOD_BYTES_MAX {
-        return Err(format!(
-            "cannot be sent: its method has {method_bytes} bytes, at most {METHOD_BYTES_MAX} are sent"
-        ));
-    }
     let checked = request.check();
     checked.map_err(|invalid| format!("cannot be sent: {invalid}"))?;
     let length = if request.body.is_empty() && !announces_empty_body(&request.method) {

@@ -207,7 +207,7 @@ fn two_instances_send_no_more_than_the_rate_together() {
         .set("queue.rate_scope", "cluster");
     let proxies = [setup.start(), setup.start()];
     for proxy in &proxies {
-        proxy.wait_for_log("store is ready");
+        proxy.wait_for_store();
     }
     let started = Instant::now();
     let mut client = database.client();

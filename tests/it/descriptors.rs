@@ -49,7 +49,7 @@ fn descriptors_run_out_and_come_back() {
     let mut proxy = start_limited(&setup, LIMIT);
     proxy.accept(0..1);
     destination.wait_for_numbers(1, PATIENCE);
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     let before = proxy.usage();
     // On both ports: those of either leave something.
     let crowd: Vec<_> = (0..2 * LIMIT)

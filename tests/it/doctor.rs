@@ -74,7 +74,7 @@ fn a_sound_setup_has_no_errors() {
     assert!(!setup.path("queue.sqlite").exists());
     let proxy = setup.start();
     proxy.accept(0..1);
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     let setup = setup.set("metrics.bind", proxy.control);
     let report = examine(&setup, &["--deep"]);
     assert_eq!(report.0, 0, "{:#?}", report.errors());

@@ -89,7 +89,7 @@ fn postgres_fault(name: &str, fault: impl FnOnce(&mut DedicatedCluster)) {
     cluster.start();
     let setup = through_postgres(&destination, &cluster.url());
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     let told = observe(name, &proxy, &ledger, || fault(&mut cluster));
     assert_eq!(told.refused, 0, "{name}");
     proxy.stop();
@@ -141,7 +141,7 @@ fn the_disk_of_postgres_is_full() {
     cluster.start();
     let setup = through_postgres(&destination, &cluster.url());
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     let told = observe("the disk of Postgres is full, 3 s", &proxy, &ledger, || {
         let filler = disk.fill("filler");
         proxy.wait_for_log("store does not work");
@@ -164,7 +164,7 @@ fn pgbouncer_is_restarted() {
     let mut bouncer = Pgbouncer::start(&database);
     let setup = through_postgres(&destination, &bouncer.url());
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     let told = observe("PgBouncer is restarted, 3 times", &proxy, &ledger, || {
         for _ in 0..3 {
             bouncer.restart();
@@ -194,7 +194,7 @@ fn destination_fault(
     });
     let setup = setup(&destination);
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     let told = observe(name, &proxy, &ledger, || {
         is_faulty.store(true, Ordering::Relaxed);
         thread::sleep(FAULT);
@@ -212,7 +212,7 @@ fn the_destination_refuses() {
     let mut destination = taking(&ledger);
     let setup = setup(&destination);
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     let told = observe("destination refuses, 3 s", &proxy, &ledger, || {
         destination.refuse();
         thread::sleep(FAULT);

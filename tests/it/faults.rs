@@ -130,7 +130,7 @@ fn what_is_given_up_is_not_sent_again_while_the_store_is_held() {
     let destination = Destination::answering(|_| Answer::status(410));
     let setup = impatient(&destination).set("queue.give_up_statuses", "[410]");
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     let held = Held::hold(&setup);
     proxy.accept(0..1);
     proxy.wait_for_log("neither delivered nor stored");
@@ -154,7 +154,7 @@ fn what_waits_in_memory_is_stored_before_its_backoff_is_over() {
         .set("queue.backoff_min", "10m")
         .set("queue.backoff_max", "10m");
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     let held = Held::hold(&setup);
     proxy.accept(0..1);
     proxy.wait_for_log("neither delivered nor stored");

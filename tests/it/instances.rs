@@ -42,7 +42,7 @@ fn three_instances_behind_pgbouncer_share_the_queue_and_one_is_killed() {
         .collect();
     let mut proxies: Vec<Proxy> = setups.iter().map(Setup::start).collect();
     for proxy in &proxies {
-        proxy.wait_for_log("store is ready");
+        proxy.wait_for_store();
     }
     let mut client = database.client();
     let inserted = client.execute(INSERT, &[&(ROWS as i64)]).expect(INSERT);

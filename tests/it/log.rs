@@ -1,9 +1,18 @@
 //! What is logged, how often, and what must never be.
 
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::thread;
+
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::support::destination::{Answer, Destination};
 use crate::support::http;
-use crate::support::metrics;
-use crate::support::proxy::{PATIENCE, Proxy, Setup};
+use crate::support::metrics::{self, Metrics};
+use crate::support::proxy::{PATIENCE, Proxy, Setup, wait_until};
+use crate::support::store;
 
 /// Sends `n` requests that carry secrets wherever a request can.
 fn send_secrets(proxy: &Proxy, n: usize) {
@@ -117,4 +126,166 @@ fn colours_can_be_switched_off() {
     assert_eq!(proxy.wait().code(), Some(0));
     assert!(!proxy.log().contains('\x1b'));
     assert_logfmt(&proxy.log());
+}
+
+/// Its addresses are known without its log.
+struct Silent {
+    child: Child,
+    intake: PathBuf,
+    control: PathBuf,
+}
+
+impl Silent {
+    fn start(setup: Setup, stderr: impl Into<Stdio>) -> (Silent, Setup) {
+        let (intake, control) = (setup.path("intake.sock"), setup.path("control.sock"));
+        let setup = setup
+            .set("server.bind", format!("unix:{}", intake.display()))
+            .set("metrics.bind", format!("unix:{}", control.display()))
+            .set("log.level", "debug");
+        let mut command = setup.command();
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null());
+        let child = child.stderr(stderr).spawn().expect("start");
+        let silent = Silent {
+            child,
+            intake,
+            control,
+        };
+        wait_until("the intake", || UnixStream::connect(&silent.intake).is_ok());
+        (silent, setup)
+    }
+
+    fn accept(&self, numbers: std::ops::Range<usize>) {
+        let mut connection = http::Connection::open_unix(&self.intake);
+        for number in numbers {
+            let answer = connection.exchange(&http::numbered(number));
+            assert_eq!(answer.status, 200, "request {number}: {answer:?}");
+        }
+    }
+
+    fn metrics(&self) -> Metrics {
+        let request = b"GET /metrics HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n";
+        Metrics::parse(
+            &http::Connection::open_unix(&self.control)
+                .exchange(request)
+                .text(),
+        )
+    }
+
+    fn dropped(&self) -> f64 {
+        self.metrics().get("asyncproxy_log_dropped_total")
+    }
+
+    /// Asks it to end, and waits.
+    fn stop(mut self) -> Option<i32> {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("signal");
+        wait_until("the end", || self.child.try_wait().expect("wait").is_some());
+        self.child.wait().expect("wait").code()
+    }
+}
+
+impl Drop for Silent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const DELIVERED: &str = "msg=\"delivered\"";
+
+/// A debug line for each delivery is more than the pipe and the program keep.
+#[test]
+fn a_log_that_nobody_reads_stops_neither_deliveries_nor_the_stop() {
+    let mut destination = Destination::down();
+    let (unread, stderr) = std::io::pipe().expect("pipe");
+    let setup = Setup::new(&destination.url());
+    let (proxy, setup) = Silent::start(setup, stderr);
+    proxy.accept(0..500);
+    destination.open();
+    proxy.accept(500..3500);
+    destination.wait_for_numbers(3500, PATIENCE);
+    wait_until("dropped lines", || proxy.dropped() > 0.0);
+    assert_eq!(proxy.stop(), Some(0));
+    assert_eq!(store::rows(&setup), 0);
+    // What was written before is whole, but for the line that the end came into.
+    let text = std::io::read_to_string(unread).expect("text");
+    let whole = text.rsplit_once('\n').expect("lines").0;
+    assert_logfmt(whole);
+    assert!(whole.contains(DELIVERED), "{whole}");
+}
+
+#[test]
+fn who_reads_the_log_again_is_told_how_much_is_missing() {
+    const COUNT: usize = 3500;
+    let destination = Destination::start();
+    let (unread, stderr) = std::io::pipe().expect("pipe");
+    let setup = Setup::new(&destination.url());
+    let (proxy, _setup) = Silent::start(setup, stderr);
+    proxy.accept(0..COUNT);
+    destination.wait_for_numbers(COUNT, PATIENCE);
+    wait_until("all settled", || {
+        proxy.metrics().get("asyncproxy_in_flight") == 0.0
+    });
+    let dropped = proxy.dropped();
+    assert!(dropped > 0.0, "{dropped}");
+    let mut lines = BufReader::new(unread)
+        .lines()
+        .map(|line| line.expect("a line"));
+    let mut text = String::new();
+    // Told of without any other line to come.
+    while !text.contains("log lines dropped") {
+        text = text + &lines.next().expect("a line") + "\n";
+    }
+    let reader = thread::spawn(|| lines.collect::<Vec<_>>().join("\n"));
+    assert_eq!(proxy.stop(), Some(0));
+    text += &reader.join().expect("text");
+    assert_logfmt(&text);
+    let told: usize = text
+        .lines()
+        .filter(|line| line.contains("log lines dropped"))
+        .filter_map(|line| line.split_once("lines=")?.1.parse::<usize>().ok())
+        .sum();
+    assert_eq!(told as f64, dropped);
+    let delivered = text.lines().filter(|line| line.contains(DELIVERED)).count();
+    assert!(
+        delivered < COUNT && delivered + told >= COUNT,
+        "{delivered} and {told}"
+    );
+    assert!(
+        text.lines()
+            .last()
+            .expect("a line")
+            .contains("msg=\"stopped\""),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_log_whose_reader_is_gone_stops_nothing() {
+    let destination = Destination::start();
+    let (unread, stderr) = std::io::pipe().expect("pipe");
+    drop(unread);
+    let (proxy, setup) = Silent::start(Setup::new(&destination.url()), stderr);
+    proxy.accept(0..200);
+    destination.wait_for_numbers(200, PATIENCE);
+    assert!(proxy.dropped() >= 200.0);
+    assert_eq!(proxy.stop(), Some(0));
+    assert_eq!(store::rows(&setup), 0);
+}
+
+/// What was logged before it, and the reason itself, is there when the program has ended.
+#[test]
+fn a_fatal_error_is_the_last_line() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("listen");
+    let address = taken.local_addr().expect("address");
+    let setup = Setup::new("http://127.0.0.1:1").set("server.bind", address);
+    for _ in 0..20 {
+        let output = setup.command().output().expect("run");
+        assert_eq!(output.status.code(), Some(1));
+        let text = String::from_utf8(output.stderr).expect("UTF-8");
+        let last = text.lines().last().expect("a line");
+        assert!(
+            last.starts_with("asyncproxy: server.bind: cannot listen on"),
+            "{text}"
+        );
+    }
 }

@@ -35,6 +35,7 @@ mod fairness;
 mod fault_table;
 mod faults;
 mod fidelity;
+mod files;
 mod framing;
 mod growth;
 mod instances;

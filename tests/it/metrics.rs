@@ -6,7 +6,7 @@ use crate::support::metrics;
 use crate::support::proxy::{PATIENCE, Setup, wait_until};
 
 /// Everything that is there from the start, whether anything has happened or not.
-const NAMES: [&str; 32] = [
+const NAMES: [&str; 33] = [
     "queue_total_size",
     "asyncproxy_requests_total{admission=\"direct\"}",
     "asyncproxy_requests_total{admission=\"stored\"}",
@@ -25,6 +25,7 @@ const NAMES: [&str; 32] = [
     "asyncproxy_lost_total{reason=\"shutdown\"}",
     "asyncproxy_in_flight",
     "asyncproxy_held_bytes",
+    "asyncproxy_log_dropped_total",
     "asyncproxy_config_reloads_total{result=\"ok\"}",
     "asyncproxy_config_reloads_total{result=\"failed\"}",
     "asyncproxy_config_last_reload_successful",

@@ -83,7 +83,7 @@ fn status_leaves_nothing_beside_a_file_in_use_or_not() {
     assert_eq!(run(&setup, &["--status"]).0, 0);
     assert_eq!(files(), before);
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     assert_eq!(run(&setup, &["--status"]).0, 0);
     assert_eq!(run(&setup, &[]).0, 0);
     proxy.stop();
@@ -143,7 +143,7 @@ fn without_leave_to_migrate_the_program_waits_for_someone_who_does() {
         wait_until("delivery", || destination.seen().len() == seen_before + 3);
         assert_eq!(run(&setup, &["--status"]).0, 1);
         assert_eq!(run(&setup, &[]), printed(0, "applied version 1\n"));
-        proxy.wait_for_log("store works again");
+        proxy.wait_for_store();
         wait_until("/readyz to be content", || {
             http::get(proxy.control, "/readyz").text() == "ok\n"
         });

@@ -83,7 +83,7 @@ fn a_purge_that_fails_is_logged_and_ends_nothing() {
         .set("queue.give_up_statuses", "[410]")
         .set("queue.dead_retention", "1s");
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     store::execute(
         &setup,
         "CREATE TRIGGER refuse BEFORE DELETE ON proxy_dead_letters \

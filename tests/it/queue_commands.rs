@@ -265,7 +265,7 @@ fn a_pause_holds_everything(route: Route) {
     let destination = Destination::start();
     let setup = route.to(&destination);
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     assert!(queue(&setup, &["pause"]).starts_with("paused: "));
     assert_eq!(queue(&setup, &["pause"]), "it was paused already\n");
     proxy.wait_for_log("queue paused by an operator");

@@ -76,7 +76,7 @@ fn the_destination_moves(route: Route) {
         .set("queue.backoff_min", "1h")
         .set("queue.backoff_max", "1h");
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     proxy.accept(0..4);
     wait_until("the breaker", || {
         http::get(proxy.control, "/readyz")

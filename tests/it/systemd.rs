@@ -1,11 +1,12 @@
 //! Under systemd: what it is told, its sockets, and the units in `dist/`.
 
-use std::os::unix::net::UnixDatagram;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -51,6 +52,13 @@ impl Listener {
         }
     }
 
+    /// Waits until lines that begin so have been heard, whichever comes first.
+    fn wait_for_all(&mut self, starts: &[&str]) {
+        while let Some(missing) = starts.iter().find(|start| !self.has_heard(start)) {
+            self.wait_for(missing);
+        }
+    }
+
     fn has_heard(&self, start: &str) -> bool {
         self.heard.iter().any(|line| line.starts_with(start))
     }
@@ -62,10 +70,12 @@ fn it_is_told_of_the_start_the_state_and_the_end() {
     let setup = Setup::new(&destination.url()).set("server.shutdown_timeout", "1h");
     let (mut systemd, setup) = Listener::of(setup.env("WATCHDOG_USEC", 400_000));
     let mut proxy = setup.start();
-    systemd.wait_for("READY=1");
+    // In either order: they come from two threads.
+    systemd.wait_for_all(&[
+        "READY=1",
+        "STATUS=0.0 received/s, 0.0 delivered/s, 0 waiting",
+    ]);
     assert!(http::get(proxy.control, "/healthz").status == 200);
-    let status = systemd.wait_for("STATUS=");
-    assert_eq!(status, "STATUS=0.0 received/s, 0.0 delivered/s, 0 waiting");
     assert!(!systemd.has_heard("STOPPING=1"));
     proxy.accept(0..1);
     destination.wait_for(1, PATIENCE);
@@ -114,6 +124,16 @@ fn a_reload_is_announced_and_ended_whether_it_succeeds_or_not() {
 }
 
 #[test]
+fn a_systemd_that_does_not_listen_holds_up_no_stop() {
+    let setup = Setup::new("http://127.0.0.1:1");
+    // It is there, but takes nothing: its queue is full before long.
+    let (_systemd, setup) = Listener::of(setup.env("WATCHDOG_USEC", 10_000));
+    let proxy = setup.start();
+    proxy.wait_for_log("systemd cannot be told");
+    proxy.stop();
+}
+
+#[test]
 fn a_frozen_database_does_not_trip_the_watchdog() {
     let database = cluster().database();
     let relay = Relay::start(listener(), database.port());
@@ -129,7 +149,7 @@ fn a_frozen_database_does_not_trip_the_watchdog() {
         .keep(database);
     let (mut systemd, setup) = Listener::of(setup.env("WATCHDOG_USEC", 200_000));
     let proxy = setup.start();
-    proxy.wait_for_log("store is ready");
+    proxy.wait_for_store();
     relay.freeze(true);
     proxy.accept(0..1);
     systemd.wait_for("STATUS=0");
@@ -156,6 +176,61 @@ fn who_names_no_socket_is_told_nothing() {
         "{}",
         process.text()
     );
+}
+
+/// Whether one request is acknowledged by a program that may end at any moment.
+fn is_acknowledged(path: &Path, number: usize) -> std::io::Result<bool> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(&http::numbered(number))?;
+    let mut answer = [0; 12];
+    stream.read_exact(&mut answer)?;
+    Ok(&answer == b"HTTP/1.1 200")
+}
+
+/// What is wrong with the way to systemd is found before a sender is answered: whoever knocks from
+/// the first moment on is refused, or has its request delivered or stored.
+#[test]
+fn a_start_that_fails_for_its_notify_socket_loses_nothing_acknowledged() {
+    let destination = Destination::answering(|_| Answer::ok().delay(Duration::from_millis(50)));
+    let next = AtomicUsize::new(0);
+    let mut lost = Vec::new();
+    for _ in 0..10 {
+        let setup = Setup::new(&destination.url());
+        let path = setup.path("intake.sock");
+        let setup = setup
+            .set("server.bind", format!("unix:{}", path.display()))
+            .env("NOTIFY_SOCKET", "vsock:2:1");
+        let is_over = AtomicBool::new(false);
+        let knock = || {
+            let mut acknowledged = Vec::new();
+            while !is_over.load(Ordering::SeqCst) {
+                let number = next.fetch_add(1, Ordering::SeqCst);
+                if is_acknowledged(&path, number).unwrap_or(false) {
+                    acknowledged.push(number);
+                }
+            }
+            acknowledged
+        };
+        let acknowledged = thread::scope(|scope| {
+            let senders: Vec<_> = (0..4).map(|_| scope.spawn(knock)).collect();
+            let mut process = Process::spawn(&mut setup.command());
+            assert_eq!(process.wait(PATIENCE).code(), Some(1));
+            is_over.store(true, Ordering::SeqCst);
+            let senders = senders.into_iter().map(|sender| sender.join().unwrap());
+            senders.flatten().collect::<Vec<_>>()
+        });
+        // Nor is there a store yet, in which they could be.
+        assert!(!setup.path("queue.sqlite").exists());
+        let delivered: Vec<_> = destination
+            .seen()
+            .iter()
+            .map(|seen| seen.number())
+            .collect();
+        let is_lost = |number: &usize| !delivered.contains(number);
+        lost.extend(acknowledged.into_iter().filter(is_lost));
+    }
+    assert!(lost.is_empty(), "{} lost: {lost:?}", lost.len());
 }
 
 /// Sends numbered requests on ever new connections while `body` runs; each is acknowledged.

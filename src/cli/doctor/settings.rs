@@ -5,7 +5,7 @@ use std::time::Duration;
 use humantime::format_duration;
 
 use super::Finding;
-use crate::config::Config;
+use crate::config::{Config, ExposedSecret};
 use crate::queue::poller;
 
 /// Nobody expects a recovery to take longer.
@@ -32,6 +32,15 @@ pub(super) fn findings(config: &Config) -> Vec<Finding> {
         ),
         retention(queue.dead_retention),
     ]
+}
+
+/// What `Config::exposed` tells of.
+pub(super) fn exposed(secret: &ExposedSecret) -> Finding {
+    let mend = format!(
+        "chmod o-r {:?}, and let its owner or group be who runs this",
+        secret.path
+    );
+    Finding::warning(secret.key, secret.to_string(), mend)
 }
 
 fn lease(request_timeout: Duration) -> Finding {

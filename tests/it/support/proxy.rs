@@ -214,6 +214,13 @@ impl Proxy {
         self.process.wait_for_line(part, PATIENCE)
     }
 
+    /// Waits until the store works, at the first attempt or, on a busy machine, a later one.
+    pub fn wait_for_store(&self) {
+        wait_until("a store that works", || {
+            self.metrics().get("asyncproxy_store_up") > 0.5
+        });
+    }
+
     pub fn log(&self) -> String {
         self.process.text()
     }
