@@ -54,6 +54,7 @@ pub struct Metrics {
     pub dead_letters_purged: IntCounter,
     pub late_commits: IntCounter,
     pub lost_shutdown: IntCounter,
+    pub lost_refused: IntCounter,
     pub in_flight: IntGauge,
     pub breaker: Breaker,
     pub spool: Spool,
@@ -80,6 +81,7 @@ pub struct Refusals {
     pub timeout: IntCounter,
     pub overloaded: IntCounter,
     pub queue_full: IntCounter,
+    pub unstorable: IntCounter,
 }
 
 impl Refusals {
@@ -237,10 +239,10 @@ impl Metrics {
         )?;
         let [answer_direct_seconds, answer_stored_seconds] = make.answers()?;
         let [attempts_delivered, attempts_later, attempts_buried] = make.attempts()?;
-        let [lost_shutdown] = make.counters_by(
+        let [lost_shutdown, lost_refused] = make.counters_by(
             "asyncproxy_lost_total",
             "Acknowledged requests that are gone, by reason.",
-            ("reason", ["shutdown"]),
+            ("reason", ["shutdown", "refused"]),
         )?;
         let [busy_intake, busy_proxy, busy_queue] = make.busy()?;
         let [batch_append, batch_claim, batch_settle] = make.batches()?;
@@ -275,6 +277,7 @@ impl Metrics {
                 "Dead letters deleted because they were older than queue.dead_retention.",
             )?,
             lost_shutdown,
+            lost_refused,
             in_flight: make.gauge(
                 "asyncproxy_in_flight",
                 "Requests accepted that are held in memory only.",
@@ -521,7 +524,14 @@ impl Make {
     }
 
     fn refusals(&self, total: IntCounter) -> Result<Refusals, prometheus::Error> {
-        let [invalid, too_large, timeout, overloaded, queue_full] = self.counters_by(
+        let [
+            invalid,
+            too_large,
+            timeout,
+            overloaded,
+            queue_full,
+            unstorable,
+        ] = self.counters_by(
             "asyncproxy_refused_total",
             "Requests answered with an error, by reason.",
             (
@@ -532,6 +542,7 @@ impl Make {
                     "timeout",
                     "overloaded",
                     "queue_full",
+                    "unstorable",
                 ],
             ),
         )?;
@@ -542,6 +553,7 @@ impl Make {
             timeout,
             overloaded,
             queue_full,
+            unstorable,
         })
     }
 

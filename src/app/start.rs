@@ -19,9 +19,10 @@ use crate::drain::Drain;
 use crate::intake::{Intake, builtin, tiny_http};
 use crate::progress::{self, Progress};
 use crate::queue::ByClass;
+use crate::queue::mover::Mover;
 use crate::queue::poller::{self, Poller, Room, Sampler, Wake};
 use crate::queue::settler::{Settlements, Settler};
-use crate::queue::spool::{Mover, Spool};
+use crate::queue::spool::Spool;
 use crate::queue::writer::{Appender, Writer};
 use crate::status::Status;
 use crate::systemd::Notifier;
@@ -78,7 +79,7 @@ impl Running {
         let (claiming, stop) = bounded(0);
         let (appender, settlements) = start_store_threads(&stage, config, &wake, &stop)?;
         if let (Some(spool), Some(filled)) = (&stage.spool, filled) {
-            start_mover(&stage, spool, filled, &wake, &stop)?;
+            start_mover(&stage, spool, filled, &wake, (&stop, config.db.timeout))?;
         }
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let places = Arc::new(Places::new(config.proxy.num_clients));
@@ -133,7 +134,6 @@ impl Running {
             intake,
             drain,
             claiming,
-            claim_time_max: 2 * config.db.timeout,
         })
     }
 }
@@ -216,7 +216,7 @@ fn start_mover(
     spool: &Arc<Spool>,
     filled: Receiver<()>,
     wake: &Wake,
-    stop: &Receiver<()>,
+    (stop, timeout): (&Receiver<()>, Duration),
 ) -> Result<(), RunError> {
     let mover = Mover {
         spool: Arc::clone(spool),
@@ -226,6 +226,7 @@ fn start_mover(
         filled,
         wake: wake.clone(),
         stop: stop.clone(),
+        timeout,
     };
     spawn(&stage.threads, "mover", move || mover.run())
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::health::StoreHealth;
-use super::{BATCH_ROWS_MAX, ByClass, Class, Store};
+use super::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, ByClass, Class, Store};
 use crate::breaker::{Destination, Pace};
 use crate::budget::Budget;
 use crate::limiter::TokenBucket;
@@ -340,13 +340,18 @@ impl Poller {
     fn claim(&self, class: Class, limit: usize) -> Looked {
         // The lease begins no sooner than this.
         let (lease, send_until) = lease(self.request_timeout);
-        let result = self.store.claim(class, limit, self.bytes_max(), lease);
+        // A claim has one operation's time, and the bodies may come from afar.
+        let bytes_max = self.bytes_max().min(BATCH_BYTES_MAX);
+        let result = self.store.claim(class, limit, bytes_max, lease);
         let Ok(claim) = self.health.note("claim", result, &self.metrics) else {
             return Looked::default();
         };
         self.health.depth.leave(claim.unreadable);
         self.metrics.unreadable.inc_by(claim.unreadable);
         let count = claim.rows.len();
+        let ids = claim.rows.iter().map(|row| row.request.id);
+        self.health.doubts.seen(ids, &self.metrics);
+        let bytes: usize = claim.rows.iter().map(|row| row.request.body.len()).sum();
         if count > 0 {
             #[expect(clippy::cast_precision_loss, reason = "at most BATCH_ROWS_MAX")]
             self.metrics.batch_claim.observe(count as f64);
@@ -363,7 +368,7 @@ impl Poller {
         }
         Looked {
             claimed: count,
-            is_more: count == limit && limit > 0,
+            is_more: limit > 0 && (count == limit || bytes >= bytes_max),
             held_back: claim.held_back,
         }
     }

@@ -15,6 +15,7 @@ mod statements;
 mod tls;
 mod tokens;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -23,6 +24,7 @@ use ::postgres::types::{ToSql, Type};
 use ::postgres::{Client, Row};
 use uuid::Uuid;
 
+use super::doubts::{self, End, NotAppended};
 use super::migrate::{Policy, Step, Version};
 use super::{
     BATCH_BYTES_MAX, ByClass, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled,
@@ -31,9 +33,9 @@ use super::{
 use crate::config::PostgresServer;
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
-use connections::{Connections, Fault};
+use connections::{Connections, Fault, is_broken};
 use start::Start;
-use statements::{APPEND, APPEND_DEAD, CLAIM, CLAIM_UNORDERED, PURGE, SAMPLE, SETTLE};
+use statements::{APPEND, APPEND_DEAD, CLAIM, CLAIM_UNORDERED, PRESENT, PURGE, SAMPLE, SETTLE};
 
 /// The longest delay or lease: what is later may as well be then.
 const DELAY_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
@@ -47,7 +49,6 @@ pub struct PostgresStore {
     use_index: bool,
     starts: ByClass<Arc<Start>>,
     timeout: Duration,
-    append_timeout: Duration,
     shared_rate: Option<Arc<AtomicU32>>,
 }
 
@@ -70,17 +71,7 @@ impl PostgresStore {
                 retried: Arc::default(),
             },
             timeout,
-            append_timeout: timeout,
             shared_rate: None,
-        }
-    }
-
-    /// Gives up an append sooner than other operations.
-    #[must_use]
-    pub fn with_append_timeout(self, append_timeout: Duration) -> PostgresStore {
-        PostgresStore {
-            append_timeout: append_timeout.min(self.timeout),
-            ..self
         }
     }
 
@@ -138,8 +129,34 @@ pub fn version(server: &PostgresServer, timeout: Duration) -> Result<Version, St
 
 impl Store for PostgresStore {
     fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
+        self.append_within(rows, self.timeout)
+            .map_err(|not| not.error)
+    }
+
+    fn append_within(&self, rows: &[NewRow], within: Duration) -> Result<(), NotAppended> {
         let rows = rows.to_vec();
-        self.run(self.append_timeout, move |client| append(client, &rows))
+        let (teller, ending) = doubts::ending();
+        self.run(within, move |client| {
+            teller.begin();
+            let result = append(client, &rows);
+            match &result {
+                Ok(()) => teller.tell(End::Committed),
+                Err(fault) if !is_broken(fault) => teller.tell(End::Nothing),
+                // Tried again on another connection, or its end is not known.
+                Err(_) => {}
+            }
+            result
+        })
+        .map_err(|error| NotAppended { error, ending })
+    }
+
+    fn present(&self, ids: &[Uuid]) -> Result<HashSet<Uuid>, StoreError> {
+        let ids = ids.to_vec();
+        self.run(self.timeout, move |client| {
+            let rows = client.query_typed(PRESENT, &[(&ids, Type::UUID_ARRAY)])?;
+            let ids = rows.iter().map(|row| row.try_get(0));
+            Ok(ids.collect::<Result<_, _>>()?)
+        })
     }
 
     fn claim(
@@ -175,7 +192,15 @@ impl Store for PostgresStore {
 
     fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
         let settlements = settlements.to_vec();
-        self.run(self.timeout, move |client| settle(client, &settlements))
+        let tries = AtomicU32::new(0);
+        self.run(self.timeout, move |client| {
+            let is_repeat = tries.fetch_add(1, Ordering::Relaxed) > 0;
+            let settled = settle(client, &settlements)?;
+            Ok(Settled {
+                is_repeat,
+                ..settled
+            })
+        })
     }
 
     fn purge(&self, older_than: Duration, limit: usize) -> Result<u64, StoreError> {
@@ -431,7 +456,7 @@ impl Outcomes {
             later: count(&row, 1)?,
             buried: count(&row, 2)?,
             released: count(&row, 3)?,
-            stale: 0,
+            ..Settled::default()
         })
     }
 }

@@ -403,7 +403,7 @@ fn address(config: &Config) -> String {
 
 /// Whether the connection is not to be used again. An error that the server reported ends the
 /// statement, a fatal one the connection; any other leaves the two sides out of step.
-fn is_broken(fault: &Fault) -> bool {
+pub(super) fn is_broken(fault: &Fault) -> bool {
     match fault {
         Fault::Store(_) => false,
         Fault::Postgres(error) => error.as_db_error().is_none_or(|error| {

@@ -13,7 +13,7 @@ use super::proxy::{PATIENCE, Proxy};
 pub struct Metrics(BTreeMap<String, f64>);
 
 /// Where an accepted request can be. They must add up to what was accepted.
-const WHEREABOUTS: [&str; 8] = [
+const WHEREABOUTS: [&str; 9] = [
     "asyncproxy_delivered_total",
     "asyncproxy_queue_rows{state=\"waiting\"}",
     "asyncproxy_queue_rows{state=\"leased\"}",
@@ -22,6 +22,7 @@ const WHEREABOUTS: [&str; 8] = [
     "asyncproxy_queue_rows{state=\"dead\"}",
     "asyncproxy_dead_letters_purged_total",
     "asyncproxy_lost_total{reason=\"shutdown\"}",
+    "asyncproxy_lost_total{reason=\"refused\"}",
 ];
 
 impl Metrics {
