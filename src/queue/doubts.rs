@@ -18,6 +18,8 @@ use crate::metrics::Metrics;
 
 /// How long the end of an append is waited for; then its rows are asked for as if it had broken.
 const OPEN_MAX: Duration = Duration::from_secs(60);
+/// How soon rows are asked for whose append broke: the server may be at it yet, and a claim may show it.
+const BROKEN_MIN: Duration = Duration::from_secs(5);
 /// Appends remembered that are kept nowhere else: beyond so many the oldest is forgotten.
 const UNKEPT_MAX: usize = 64;
 /// How long such a one is remembered whose end will not be told.
@@ -45,6 +47,7 @@ impl End {
 #[derive(Debug, Default)]
 struct Told {
     has_begun: AtomicBool,
+    is_running: AtomicBool,
     end: OnceLock<End>,
 }
 
@@ -70,6 +73,11 @@ impl Ending {
         ending
     }
 
+    /// Whether the store is at it; else there is no connection for it, or no more.
+    pub fn is_running(&self) -> bool {
+        self.0.is_running.load(Ordering::Acquire)
+    }
+
     /// `None`: it goes on.
     pub fn look(&self) -> Option<End> {
         self.0.end.get().copied()
@@ -80,6 +88,12 @@ impl Teller {
     /// From now on the rows may be committed.
     pub fn begin(&self) {
         self.0.has_begun.store(true, Ordering::Release);
+        self.0.is_running.store(true, Ordering::Release);
+    }
+
+    /// The connection broke: there may be another try on the next.
+    pub fn broke(&self) {
+        self.0.is_running.store(false, Ordering::Release);
     }
 
     /// What is told first counts.
@@ -102,6 +116,8 @@ impl Drop for Teller {
 pub struct NotAppended {
     pub error: StoreError,
     pub ending: Ending,
+    /// Whether it shows that the store is away, and not just slow, though there was no answer in time.
+    pub is_away: bool,
 }
 
 impl NotAppended {
@@ -114,6 +130,7 @@ impl NotAppended {
         NotAppended {
             error,
             ending: Ending::over(end),
+            is_away: false,
         }
     }
 }
@@ -262,8 +279,12 @@ impl Doubts {
         let spooled = spooled.filter(|doubt| doubt.kept == Kept::InSpool);
         spooled
             .filter_map(|doubt| {
-                let is_late = doubt.since.elapsed() > OPEN_MAX;
-                let end = doubt.ending.look().or(is_late.then_some(End::Unknown))?;
+                let age = doubt.since.elapsed();
+                let end = match doubt.ending.look() {
+                    Some(End::Unknown) if age < BROKEN_MIN => None,
+                    None if age > OPEN_MAX => Some(End::Unknown),
+                    end => end,
+                }?;
                 Some(Ended {
                     number: doubt.number,
                     ids: doubt.ids.iter().copied().collect(),
@@ -361,7 +382,9 @@ mod tests {
         doubts.add(ids[2..].to_vec(), unknown(), Kept::Elsewhere);
         doubts.seen([ids[0], ids[2]].into_iter(), &metrics);
         assert_eq!(doubts.committed(), [ids[0]]);
-        assert_eq!(doubts.ended()[0].ids, [ids[1]]);
+        // Not asked for yet: the server may be at it.
+        assert_eq!(doubts.ended(), []);
+        assert!(doubts.held_back().contains(&ids[1]));
         assert_eq!(metrics.late_commits.get(), 1);
         // Nobody counts a row twice, nor one that was appended again by who had kept it.
         doubts.appended([ids[3]].into_iter());

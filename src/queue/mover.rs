@@ -235,8 +235,8 @@ impl Mover {
             }
             Err(not) => not,
         };
-        let NotAppended { error, ending } = not;
-        let is_open = asked.elapsed() >= within;
+        let is_open = !not.is_away && asked.elapsed() >= within;
+        let NotAppended { error, ending, .. } = not;
         if error.is_outage() {
             course.failed();
             course.open = Some(doubts.add(ids, ending, Kept::InSpool));

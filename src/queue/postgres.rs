@@ -142,12 +142,22 @@ impl Store for PostgresStore {
             match &result {
                 Ok(()) => teller.tell(End::Committed),
                 Err(fault) if !is_broken(fault) => teller.tell(End::Nothing),
-                // Tried again on another connection, or its end is not known.
-                Err(_) => {}
+                Err(_) => teller.broke(),
             }
             result
         })
-        .map_err(|error| NotAppended { error, ending })
+        .map_err(|error| {
+            // It may be busy, or slow, but this tells that it is away.
+            let unreachable = match ending.is_running() {
+                true => None,
+                false => self.connections.cannot_connect(),
+            };
+            NotAppended {
+                is_away: unreachable.is_some(),
+                error: unreachable.unwrap_or(error),
+                ending,
+            }
+        })
     }
 
     fn present(&self, ids: &[Uuid]) -> Result<HashSet<Uuid>, StoreError> {

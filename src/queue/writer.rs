@@ -268,7 +268,8 @@ impl Writer {
                         return noted.map(|()| Place::Store);
                     }
                     Err(not) => {
-                        let is_slow = asked.elapsed() >= within && within < self.timeout;
+                        let is_slow =
+                            !not.is_away && asked.elapsed() >= within && within < self.timeout;
                         return self.not_appended(rows, not, is_slow);
                     }
                 }
@@ -323,7 +324,7 @@ impl Writer {
     /// What did not get into the store, or is not known to have, goes to the spool, but for what
     /// the store refuses: it would be refused again.
     fn not_appended(&mut self, rows: &[NewRow], not: NotAppended, is_slow: bool) -> Committed {
-        let NotAppended { error, ending } = not;
+        let NotAppended { error, ending, .. } = not;
         if is_slow {
             // Senders wait no longer. That says nothing about the store, which may do it yet.
             self.slow = Some(Slow {

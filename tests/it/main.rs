@@ -47,6 +47,7 @@ mod package;
 mod postgres_store;
 mod purge;
 mod queue_commands;
+mod refusals;
 mod reload;
 mod retry;
 mod secrets;
@@ -59,3 +60,4 @@ mod systemd;
 mod tls;
 #[cfg(feature = "tls")]
 mod tls_destination;
+mod unanswered;
