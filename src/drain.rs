@@ -14,6 +14,7 @@ use uuid::Uuid;
 use crate::direct;
 use crate::metrics::Metrics;
 use crate::queue::batch::{self, Part, Stopped};
+use crate::queue::doubts::Broken;
 use crate::queue::mover::refused;
 use crate::queue::poller::Room;
 use crate::queue::settler::Settlements;
@@ -246,7 +247,7 @@ impl Unstored {
         if !*is_down {
             // Whatever becomes of it, there is time for the spool.
             let left = self.end.saturating_duration_since(Instant::now());
-            let appended = self.store.append_within(rows, left / 2);
+            let appended = self.store.append_within(rows, left / 2, Broken::Repeat);
             result = appended.map_err(|not| not.error);
             *is_down = matches!(&result, Err(error) if error.is_outage());
         }

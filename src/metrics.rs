@@ -2,7 +2,7 @@
 //!
 //! The rest of the program reports events through the fields here. They add up:
 //! accepted (direct + stored) = delivered + waiting + leased + spooled + in flight + dead + purged +
-//! lost, counted from an empty queue; late commits come on top of what was accepted.
+//! lost, counted from an empty queue; without a spool, late commits come on top of what was accepted.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};

@@ -19,7 +19,7 @@ use crate::metrics::Metrics;
 /// How long the end of an append is waited for; then its rows are asked for as if it had broken.
 const OPEN_MAX: Duration = Duration::from_secs(60);
 /// How soon rows are asked for whose append broke: the server may be at it yet, and a claim may show it.
-const BROKEN_MIN: Duration = Duration::from_secs(5);
+const BROKEN_MIN: Duration = Duration::from_secs(3);
 /// Appends remembered that are kept nowhere else: beyond so many the oldest is forgotten.
 const UNKEPT_MAX: usize = 64;
 /// How long such a one is remembered whose end will not be told.
@@ -35,13 +35,6 @@ pub enum End {
     NotBegun,
     /// The connection broke: committed or not.
     Unknown,
-}
-
-impl End {
-    /// Whether it says that the store is away.
-    pub fn is_outage(self) -> bool {
-        matches!(self, End::NotBegun | End::Unknown)
-    }
 }
 
 #[derive(Debug, Default)]
@@ -111,12 +104,23 @@ impl Drop for Teller {
     }
 }
 
+/// What to do about an append whose connection broke before it was answered. It may have been idle
+/// and dead for long; or the rows are committed, and then delivered before the append is repeated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Broken {
+    /// Repeat it on another connection: a duplicate, now and then, rather than a sender refused.
+    Repeat,
+    /// Tell: the rows are kept elsewhere until it is known.
+    Tell,
+}
+
 /// Why an append did not succeed, and whether its rows may be committed all the same.
 #[derive(Debug, Clone)]
 pub struct NotAppended {
     pub error: StoreError,
     pub ending: Ending,
-    /// Whether it shows that the store is away, and not just slow, though there was no answer in time.
+    /// Whether it shows that the store does not work, rather than that this took too long or that a
+    /// connection broke while others can be made.
     pub is_away: bool,
 }
 
@@ -128,9 +132,9 @@ impl NotAppended {
             _ => End::Unknown,
         };
         NotAppended {
-            error,
+            is_away: error.is_outage(),
             ending: Ending::over(end),
-            is_away: false,
+            error,
         }
     }
 }

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use self::doubts::NotAppended;
+use self::doubts::{Broken, NotAppended};
 use crate::request::Request;
 use crate::settle::{Failure, Verdict};
 
@@ -49,7 +49,12 @@ pub trait Store: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// [`NotAppended`].
-    fn append_within(&self, rows: &[NewRow], _within: Duration) -> Result<(), NotAppended> {
+    fn append_within(
+        &self,
+        rows: &[NewRow],
+        _within: Duration,
+        _broken: Broken,
+    ) -> Result<(), NotAppended> {
         self.append(rows).map_err(NotAppended::over)
     }
 

@@ -14,7 +14,7 @@ use crossbeam_channel::{Receiver, TryRecvError, select};
 use uuid::Uuid;
 
 use super::batch::{self, Part, Stopped};
-use super::doubts::{End, Ended, Kept, NotAppended};
+use super::doubts::{Broken, End, Ended, Kept, NotAppended};
 use super::health::StoreHealth;
 use super::poller::Wake;
 use super::spool::Spool;
@@ -38,6 +38,7 @@ const BYTES_PER_SECOND: usize = 256 * 1024;
 const SLOWNESS_MAX: u32 = 16;
 
 static REFUSED: LogLimit = LogLimit::new();
+static MOVED: LogLimit = LogLimit::new();
 
 /// The moving thread.
 #[derive(Debug)]
@@ -61,8 +62,10 @@ struct Course {
     slowness: u32,
     /// The mover's append that has not ended: one at a time.
     open: Option<u64>,
-    /// Refused in any form.
+    /// Refused in any form, and when they are tried again: whoever made the store refuse them may
+    /// have thought again by then.
     aside: HashSet<Uuid>,
+    again_at: Instant,
     moved: usize,
 }
 
@@ -73,6 +76,7 @@ impl Course {
             slowness: 1,
             open: None,
             aside: HashSet::new(),
+            again_at: Instant::now(),
             moved: 0,
         }
     }
@@ -153,14 +157,20 @@ impl Mover {
     fn all_seen(&self, course: &mut Course, is_held_back: bool) -> Option<Duration> {
         self.spool.count();
         let (moved, refused) = (course.moved, course.aside.len());
-        if moved > 0 {
-            log::info!(moved, refused; "spool is moved to the store");
+        if moved > 0
+            && let Some(suppressed) = MOVED.allow()
+        {
+            log::info!(moved, refused, suppressed; "spool is moved to the store");
         }
-        // Once more, now and then: whoever made the store refuse them may have thought again.
-        course.aside.clear();
+        let again = course.again_at.saturating_duration_since(Instant::now());
+        if again.is_zero() {
+            course.aside.clear();
+            course.again_at = Instant::now() + REFUSED_PAUSE;
+        }
         match (is_held_back, refused) {
             (true, _) => Some(LOOK),
-            (false, 1..) => Some(REFUSED_PAUSE),
+            (false, 1..) if again.is_zero() => Some(REFUSED_PAUSE),
+            (false, 1..) => Some(again),
             (false, 0) => None,
         }
     }
@@ -226,8 +236,7 @@ impl Mover {
         let within = self.timeout + Duration::from_secs_f64(seconds) * course.slowness;
         let ids: Vec<Uuid> = rows.iter().map(|row| row.request.id).collect();
         let doubts = &self.health.doubts;
-        let asked = Instant::now();
-        let not = match self.store.append_within(rows, within) {
+        let not = match self.store.append_within(rows, within, Broken::Tell) {
             Ok(()) => {
                 course.succeeded();
                 doubts.add_committed(&ids);
@@ -235,13 +244,16 @@ impl Mover {
             }
             Err(not) => not,
         };
-        let is_open = !not.is_away && asked.elapsed() >= within;
-        let NotAppended { error, ending, .. } = not;
+        let NotAppended {
+            error,
+            ending,
+            is_away,
+        } = not;
         if error.is_outage() {
             course.failed();
             course.open = Some(doubts.add(ids, ending, Kept::InSpool));
         }
-        match is_open {
+        match error.is_outage() && !is_away {
             // A slow way to the store, perhaps; others find out whether it works.
             true => Err(error),
             false => self.health.note("move", Err(error), &self.metrics),

@@ -17,14 +17,14 @@ mod tokens;
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use ::postgres::types::{ToSql, Type};
 use ::postgres::{Client, Row};
 use uuid::Uuid;
 
-use super::doubts::{self, End, NotAppended};
+use super::doubts::{self, Broken, End, NotAppended};
 use super::migrate::{Policy, Step, Version};
 use super::{
     BATCH_BYTES_MAX, ByClass, Claim, Claimed, Class, Decision, Fate, NewRow, Sample, Settled,
@@ -129,14 +129,28 @@ pub fn version(server: &PostgresServer, timeout: Duration) -> Result<Version, St
 
 impl Store for PostgresStore {
     fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
-        self.append_within(rows, self.timeout)
+        self.append_within(rows, self.timeout, Broken::Repeat)
             .map_err(|not| not.error)
     }
 
-    fn append_within(&self, rows: &[NewRow], within: Duration) -> Result<(), NotAppended> {
+    fn append_within(
+        &self,
+        rows: &[NewRow],
+        within: Duration,
+        broken: Broken,
+    ) -> Result<(), NotAppended> {
         let rows = rows.to_vec();
         let (teller, ending) = doubts::ending();
-        self.run(within, move |client| {
+        let reached_again = Arc::new(AtomicBool::new(false));
+        let is_reached = Arc::clone(&reached_again);
+        let deadline = Instant::now() + within;
+        let tries = AtomicU32::new(0);
+        let result = self.run(within, move |client| {
+            if tries.fetch_add(1, Ordering::Relaxed) > 0 && broken == Broken::Tell {
+                is_reached.store(true, Ordering::Release);
+                let why = "the connection broke before an answer";
+                return Err(Fault::Store(StoreError::Unavailable(why.into())));
+            }
             teller.begin();
             let result = append(client, &rows);
             match &result {
@@ -145,18 +159,21 @@ impl Store for PostgresStore {
                 Err(_) => teller.broke(),
             }
             result
-        })
-        .map_err(|error| {
-            // It may be busy, or slow, but this tells that it is away.
-            let unreachable = match ending.is_running() {
-                true => None,
-                false => self.connections.cannot_connect(),
-            };
-            NotAppended {
-                is_away: unreachable.is_some(),
-                error: unreachable.unwrap_or(error),
-                ending,
-            }
+        });
+        let Err(error) = result else { return Ok(()) };
+        let unreachable = match ending.is_running() {
+            true => None,
+            false => self.connections.cannot_connect(),
+        };
+        // Without an answer in time, only a connection that cannot be made tells that it is away.
+        let is_in_time = Instant::now() < deadline && !reached_again.load(Ordering::Acquire);
+        Err(NotAppended {
+            is_away: error.is_outage() && (is_in_time || unreachable.is_some()),
+            error: match unreachable {
+                Some(unreachable) if !is_in_time => unreachable,
+                _ => error,
+            },
+            ending,
         })
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::batch::{self, Part, Stopped};
-use super::doubts::{Ending, Kept, NotAppended};
+use super::doubts::{Broken, End, Ending, Kept, NotAppended};
 use super::health::StoreHealth;
 use super::poller::Wake;
 use super::spool::{self, Spool};
@@ -261,17 +261,13 @@ impl Writer {
     fn append(&mut self, rows: &[NewRow]) -> Committed {
         let error = match self.may_ask() {
             Ok(()) => {
-                let (asked, within) = (Instant::now(), self.patience());
-                match self.store.append_within(rows, within) {
+                let (within, broken) = self.terms();
+                match self.store.append_within(rows, within, broken) {
                     Ok(()) => {
                         let noted = self.health.note("append", Ok(()), &self.metrics);
                         return noted.map(|()| Place::Store);
                     }
-                    Err(not) => {
-                        let is_slow =
-                            !not.is_away && asked.elapsed() >= within && within < self.timeout;
-                        return self.not_appended(rows, not, is_slow);
-                    }
+                    Err(not) => return self.not_appended(rows, not),
                 }
             }
             // Others have waited for it; the poller finds out when it works again.
@@ -288,44 +284,41 @@ impl Writer {
         if let Some(fault) = self.health.fault() {
             return Err(fault);
         }
-        let Some(Slow {
-            ending,
-            error,
-            since,
-        }) = &self.slow
-        else {
+        let Some(slow) = &self.slow else {
             return Ok(());
         };
-        let is_outage = match ending.look() {
-            None if since.elapsed() < self.timeout => return Err(error.clone()),
-            None => true,
-            Some(end) => end.is_outage(),
-        };
-        let result = if is_outage {
-            Err(error.clone())
-        } else {
-            Ok(())
-        };
+        let end = slow.ending.look();
+        let is_waited_for = end.is_none() && slow.since.elapsed() < self.timeout;
+        if is_waited_for {
+            return Err(slow.error.clone());
+        }
+        let error = slow.error.clone();
         self.slow = None;
-        match result {
-            Ok(()) => Ok(()),
-            outage => self.health.note("append", outage, &self.metrics),
+        match end {
+            // Nothing in all its time, or no connection to this moment.
+            None | Some(End::NotBegun) => self.health.note("append", Err(error), &self.metrics),
+            // A connection that broke may be the only one.
+            Some(End::Committed | End::Nothing | End::Unknown) => Ok(()),
         }
     }
 
-    /// How long the store may take.
-    fn patience(&self) -> Duration {
+    /// How long the store may take, and what to do when the connection breaks.
+    fn terms(&self) -> (Duration, Broken) {
         match self.spool {
-            Some(_) => self.timeout.min(spool::APPEND_TIMEOUT),
-            None => self.timeout,
+            Some(_) => (self.timeout.min(spool::APPEND_TIMEOUT), Broken::Tell),
+            None => (self.timeout, Broken::Repeat),
         }
     }
 
     /// What did not get into the store, or is not known to have, goes to the spool, but for what
     /// the store refuses: it would be refused again.
-    fn not_appended(&mut self, rows: &[NewRow], not: NotAppended, is_slow: bool) -> Committed {
-        let NotAppended { error, ending, .. } = not;
-        if is_slow {
+    fn not_appended(&mut self, rows: &[NewRow], not: NotAppended) -> Committed {
+        let NotAppended {
+            error,
+            ending,
+            is_away,
+        } = not;
+        if error.is_outage() && !is_away && self.spool.is_some() {
             // Senders wait no longer. That says nothing about the store, which may do it yet.
             self.slow = Some(Slow {
                 ending: ending.clone(),
