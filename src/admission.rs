@@ -3,7 +3,8 @@
 //! A sender is never told of success for something that is neither in the channel nor
 //! committed, and never waits on the destination.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use crate::breaker::Destination;
@@ -15,12 +16,16 @@ use crate::metrics::Metrics;
 use crate::queue::poller::lease;
 use crate::queue::settler::Settlements;
 use crate::queue::writer::{Appender, Place};
-use crate::queue::{Decision, Fate};
+use crate::queue::{Decision, Fate, StoreError};
 use crate::request::Request;
 use crate::worker::{Delivery, Places};
 
+/// How often a stop looks whether the last admission is through.
+const CLOSE_LOOK: Duration = Duration::from_millis(1);
+
 static REFUSED: LogLimit = LogLimit::new();
 static FULL: LogLimit = LogLimit::new();
+static UNSTORABLE: LogLimit = LogLimit::new();
 
 /// What became of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +38,8 @@ pub enum Admitted {
     Refused,
     /// It would have to be stored, and there are as many rows as there may be.
     QueueFull,
+    /// The store works and does not take this one.
+    Unstorable,
 }
 
 /// What `server.enqueue_rate` says of one request.
@@ -55,8 +62,9 @@ pub struct Admission {
     /// With `server.ack: stored`.
     committing: Option<Committing>,
     metrics: Arc<Metrics>,
+    closed: AtomicBool,
     /// Held for reading by each admission under way: closing waits for them.
-    closed: RwLock<bool>,
+    under_way: RwLock<()>,
 }
 
 /// What it takes to commit each request before it is acknowledged, and to send it all the same
@@ -86,7 +94,8 @@ impl Admission {
             destination,
             committing: None,
             metrics,
-            closed: RwLock::new(false),
+            closed: AtomicBool::new(false),
+            under_way: RwLock::default(),
         }
     }
 
@@ -125,10 +134,27 @@ impl Admission {
         }
     }
 
-    /// Refuses all that comes from now on. When this returns, nothing is on its way into the
-    /// channel or the store any more.
-    pub fn close(&self) {
-        *self.closed.write().unwrap_or_else(PoisonError::into_inner) = true;
+    /// Refuses all that comes from now on. When this returns before the deadline, nothing is on
+    /// its way into the channel or the store any more; else what waits there for a store that does
+    /// not answer finds the channel closed to it.
+    pub fn close(&self, deadline: Instant) {
+        self.closed.store(true, Ordering::SeqCst);
+        while Instant::now() < deadline {
+            if !matches!(self.under_way.try_write(), Err(TryLockError::WouldBlock)) {
+                return;
+            }
+            std::thread::sleep(CLOSE_LOOK);
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    fn under_way(&self) -> RwLockReadGuard<'_, ()> {
+        self.under_way
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether new requests can be admitted without the store at this moment.
@@ -154,13 +180,13 @@ impl Admission {
 
     /// Admits a request; returns once it is in the channel, committed, or refused.
     pub fn admit(&self, request: Request, permit: Permit) -> Admitted {
-        let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
-        let admitted = if *closed {
+        let under_way = self.under_way();
+        let admitted = if self.is_closed() {
             Admitted::Refused
         } else {
             self.decide(Delivery::direct(Arc::new(request), permit))
         };
-        drop(closed);
+        drop(under_way);
         self.count(admitted);
         admitted
     }
@@ -171,14 +197,14 @@ impl Admission {
         if self.committing.is_some() {
             return None;
         }
-        let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
-        let admitted = if *closed {
+        let under_way = self.under_way();
+        let admitted = if self.is_closed() {
             Admitted::Refused
         } else {
             let delivery = Delivery::direct(Arc::new(request), permit);
             self.direct_if_it_may(delivery).ok()?
         };
-        drop(closed);
+        drop(under_way);
         self.count(admitted);
         Some(admitted)
     }
@@ -191,6 +217,12 @@ impl Admission {
                 self.metrics.refused.count(&self.metrics.refused.queue_full);
                 if let Some(suppressed) = FULL.allow() {
                     log::error!(suppressed; "request refused: the queue holds queue.max_rows");
+                }
+            }
+            Admitted::Unstorable => {
+                self.metrics.refused.count(&self.metrics.refused.unstorable);
+                if let Some(suppressed) = UNSTORABLE.allow() {
+                    log::error!(suppressed; "request refused: the store does not take it, whatever else it takes");
                 }
             }
             Admitted::Refused => {
@@ -240,11 +272,7 @@ impl Admission {
             after: Duration::ZERO,
             failure: None,
         };
-        match self.appender.append_new(delivery.to_row(0, due)) {
-            None => Admitted::QueueFull,
-            Some(Err(_)) => Admitted::Refused,
-            Some(Ok(_)) => Admitted::Stored,
-        }
+        admitted(self.appender.append_new(delivery.to_row(0, due)))
     }
 
     /// Commits a request: leased to this process and sent from memory as far as the rate, the
@@ -267,11 +295,7 @@ impl Admission {
         let committed = self.appender.append_new(row);
         if committed != Some(Ok(Place::Store)) {
             committing.places.leave();
-            return match committed {
-                None => Admitted::QueueFull,
-                Some(Err(_)) => Admitted::Refused,
-                Some(Ok(_)) => Admitted::Stored,
-            };
+            return admitted(committed);
         }
         // There is a place for it: at most, a worker has still to take the one before.
         if let Err(refused) = self.direct.send(delivery.stored(send_until)) {
@@ -290,10 +314,25 @@ impl Admission {
     }
 
     fn try_direct(&self, delivery: Delivery) -> Result<(), Delivery> {
+        if self.is_closed() {
+            // It has waited for the store until after the channel was emptied.
+            return Err(delivery);
+        }
         // Counted first: a worker may be through with it before we are back.
         self.metrics.in_flight.inc();
         self.direct
             .try_send(delivery)
             .inspect_err(|_| self.metrics.in_flight.dec())
+    }
+}
+
+/// What became of a request that was to be stored.
+fn admitted(committed: Option<Result<Place, StoreError>>) -> Admitted {
+    match committed {
+        None => Admitted::QueueFull,
+        Some(Ok(_)) => Admitted::Stored,
+        // Were it taken all the same, and its first attempt failed, there would be no place for it.
+        Some(Err(StoreError::Refused(_))) => Admitted::Unstorable,
+        Some(Err(_)) => Admitted::Refused,
     }
 }

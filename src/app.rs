@@ -73,6 +73,12 @@ impl fmt::Display for RunError {
 
 impl std::error::Error for RunError {}
 
+/// How long a stop takes beyond `server.shutdown_timeout`, at most, whatever the store does; the rest
+/// of ten seconds is for the program's own end.
+const STOP_TIME: Duration = Duration::from_secs(9);
+/// Of that, how long operations of the store that are under way are waited for.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Reads the settings anew.
 pub type Load<'a> = &'a dyn Fn() -> Result<Config, ConfigError>;
 
@@ -281,8 +287,6 @@ struct Running {
     drain: Drain,
     /// Closed to stop claiming.
     claiming: Sender<()>,
-    /// A claim that is under way ends in this time.
-    claim_time_max: Duration,
 }
 
 impl Running {
@@ -357,11 +361,13 @@ impl Running {
         self.drain.release_unstarted(deadline);
         let connections = || self.accepting.as_ref().map_or(0, Accepting::connections);
         self.drain.wait(deadline, &self.signals, connections);
-        // A claim under way would lease rows after all others were given back.
-        self.threads
-            .wait_for("poller", Instant::now() + self.claim_time_max);
-        self.intake.admission.close();
-        self.drain.store_rest()
+        let end = Instant::now() + STOP_TIME;
+        // A claim under way would lease rows after all others were given back, and a request that
+        // waits to be stored would come after them. But a store may never answer.
+        let patience = Instant::now() + STOP_PATIENCE;
+        self.threads.wait_for("poller", patience);
+        self.intake.admission.close(patience);
+        self.drain.store_rest(end)
     }
 }
 

@@ -1,30 +1,35 @@
 //! The end of a run: lets workers finish, then stores what they did not.
 //!
 //! Every accepted request is in the store, a channel, a worker's slot, or for an instant on its
-//! way between these. What is counted in memory is waited for; what is then left is stored.
+//! way between these. What is counted in memory is waited for; what is then left is stored, by a
+//! thread that is not waited for without end: a disk may never answer.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use uuid::Uuid;
 
 use crate::direct;
 use crate::metrics::Metrics;
+use crate::queue::batch::{self, Part, Stopped};
+use crate::queue::doubts::Broken;
+use crate::queue::mover::refused;
 use crate::queue::poller::Room;
 use crate::queue::settler::Settlements;
 use crate::queue::spool::Spool;
 use crate::queue::{
     BATCH_BYTES_MAX, BATCH_ROWS_MAX, ByClass, Class, Fate, NewRow, Settlement, Store, StoreError,
 };
+use crate::thread::Threads;
 use crate::worker::{Delivery, Origin, Places, Slot, interrupted};
 
 /// How often the end of the work is looked for.
 const LOOK: Duration = Duration::from_millis(10);
 /// How long requests are looked for that are between a channel and a slot.
 const GATHER_TIME: Duration = Duration::from_secs(3);
-/// How long a store that does not work is tried with requests that exist nowhere else.
-const APPEND_TIME: Duration = Duration::from_secs(10);
-/// The same with leases, which end by themselves.
+/// Of the time for storing, what is left for leases, which end by themselves.
 const SETTLE_TIME: Duration = Duration::from_secs(2);
 const TRY_PAUSE: Duration = Duration::from_millis(200);
 /// Lost requests that are named in the log.
@@ -101,17 +106,38 @@ impl Drain {
         usize::try_from(self.metrics.in_flight.get()).unwrap_or(0)
     }
 
-    /// Stores all that is left and gives back all leases. Returns how many acknowledged
-    /// requests could not be stored and are lost.
-    pub fn store_rest(mut self) -> u64 {
+    /// Stores all that is left and gives back all leases, until `end`. Returns how many
+    /// acknowledged requests could not be stored and are lost, those of the whole run included.
+    pub fn store_rest(mut self, end: Instant) -> u64 {
         self.hurry = None;
         let (unstored, unsettled) = self.gather();
         let (all, released) = (unstored.len(), unsettled.len());
-        let unstorable = self.append(unstored);
-        self.settle(&unsettled);
+        let rest = Arc::new(Unstored::new(&self, unstored, unsettled, end));
+        let (done, is_done) = bounded(0);
+        let work = {
+            let rest = Arc::clone(&rest);
+            move || {
+                rest.store_all();
+                // Nobody waits for it any more when the time is over.
+                let _ = done.send(());
+            }
+        };
+        match Threads::default().spawn("drain", work) {
+            Ok(()) if is_done.recv_deadline(end) == Err(RecvTimeoutError::Timeout) => {
+                log::error!("the store does not answer, what is left is not waited for");
+            }
+            Ok(()) => {}
+            // Better without a bound than not at all.
+            Err(_) => rest.store_all(),
+        }
+        let settled_by = end.min(Instant::now() + SETTLE_TIME);
+        while self.settlements.pending() > 0 && Instant::now() < settled_by {
+            std::thread::sleep(LOOK);
+        }
+        let unstorable = rest.give_up();
         let lost = unstorable + self.count_missing();
         log::info!(stored = all - unstorable, released, lost; "stopped");
-        lost as u64
+        lost as u64 + self.metrics.lost_refused.get()
     }
 
     /// What is still counted when all that was found is stored or lost was in no place where a
@@ -157,62 +183,150 @@ impl Drain {
             return (unstored, unsettled);
         }
     }
+}
 
-    /// Appends in batches, each again and again until it is stored or the time is over. Returns
-    /// how many requests could not be stored.
-    fn append(&self, unstored: Vec<Rest>) -> usize {
-        let deadline = Instant::now() + APPEND_TIME;
-        let mut pending = batches(unstored);
+/// What exists nowhere but in memory, for the thread that stores it and the one that waits.
+struct Unstored {
+    store: Arc<dyn Store>,
+    spool: Option<Arc<Spool>>,
+    metrics: Arc<Metrics>,
+    end: Instant,
+    unstored: Vec<Rest>,
+    unsettled: Vec<Settlement>,
+    /// Not stored by now. Whoever takes an id out counts it.
+    ids: Mutex<HashSet<Uuid>>,
+}
+
+impl Unstored {
+    fn new(
+        drain: &Drain,
+        unstored: Vec<Rest>,
+        unsettled: Vec<Settlement>,
+        end: Instant,
+    ) -> Unstored {
+        let ids = unstored.iter().map(|(one, _)| one.request.id).collect();
+        Unstored {
+            store: Arc::clone(&drain.store),
+            spool: drain.spool.clone(),
+            metrics: Arc::clone(&drain.metrics),
+            end,
+            unstored,
+            unsettled,
+            ids: Mutex::new(ids),
+        }
+    }
+
+    fn ids(&self) -> MutexGuard<'_, HashSet<Uuid>> {
+        self.ids.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Appends all again and again until it is stored or the time is over; then settles.
+    fn store_all(&self) {
+        let mut rest = self.unstored.clone();
+        let deadline = self.end.checked_sub(SETTLE_TIME).unwrap_or(self.end);
         loop {
-            let mut is_down = false;
-            pending.retain(|batch| {
-                let rows: Vec<_> = batch.iter().map(rest_row).collect();
-                // A batch that fails for its rows does not hold up the others.
-                let result = if is_down {
-                    None
-                } else {
-                    Some(self.store.append(&rows))
-                };
-                is_down |= matches!(result, Some(Err(StoreError::Unavailable(_))));
-                let is_spooled = || {
-                    let spool = self.spool.as_ref();
-                    spool.is_some_and(|spool| spool.append(&rows).is_ok())
-                };
-                let is_stored = matches!(result, Some(Ok(()))) || is_spooled();
-                if is_stored {
-                    self.metrics.in_flight.sub(rows.len() as i64);
-                }
-                !is_stored
-            });
-            if pending.is_empty() || Instant::now() + TRY_PAUSE >= deadline {
+            rest = self.try_all(rest);
+            if rest.is_empty() || Instant::now() + TRY_PAUSE >= deadline {
                 break;
             }
             std::thread::sleep(TRY_PAUSE);
         }
-        let lost = pending.concat();
+        self.settle(&self.unsettled);
+    }
+
+    /// Tries once with each batch. Returns what was not stored.
+    fn try_all(&self, rest: Vec<Rest>) -> Vec<Rest> {
+        let (mut left, mut is_down) = (Vec::new(), false);
+        for batch in batches(rest) {
+            let rows: Vec<_> = batch.iter().map(rest_row).collect();
+            let mut unstorable = Vec::new();
+            let result = batch::carry_out(
+                &rows,
+                |part| self.append(part, &mut is_down),
+                |part| match part {
+                    Part::Taken(range, ()) => self.stored(&rows[range]),
+                    Part::Refused(at, why) => unstorable.push((at, why)),
+                },
+            );
+            for (at, why) in unstorable {
+                if self.bury(&rows[at], &why, &mut is_down).is_err() {
+                    left.push(batch[at].clone());
+                }
+            }
+            if let Err(Stopped { from, .. }) = result {
+                left.extend_from_slice(&batch[from..]);
+            }
+        }
+        left
+    }
+
+    /// Appends to the store, or else to the spool.
+    fn append(&self, rows: &[NewRow], is_down: &mut bool) -> Result<(), StoreError> {
+        let mut result = Err(StoreError::Unavailable("as before".into()));
+        if !*is_down {
+            // Whatever becomes of it, there is time for the spool.
+            let left = self.end.saturating_duration_since(Instant::now());
+            let appended = self.store.append_within(rows, left / 2, Broken::Repeat);
+            result = appended.map_err(|not| not.error);
+            *is_down = matches!(&result, Err(error) if error.is_outage());
+        }
+        match (&self.spool, result) {
+            (Some(spool), Err(error)) if error.is_outage() => spool.append(rows),
+            (_, result) => result,
+        }
+    }
+
+    /// What the store refuses alone becomes a dead letter, or waits in the spool for the operator.
+    fn bury(&self, row: &NewRow, why: &str, is_down: &mut bool) -> Result<(), StoreError> {
+        let failure = match &row.fate {
+            Fate::Due { failure, .. } => failure.clone(),
+            Fate::Leased(_) | Fate::Dead(_) => None,
+        };
+        let dead = NewRow {
+            fate: Fate::Dead(refused(why, failure)),
+            ..row.clone()
+        };
+        let dead = std::slice::from_ref(&dead);
+        self.append(dead, is_down)
+            .or_else(|error| match &self.spool {
+                Some(spool) => spool.append(dead),
+                None => Err(error),
+            })?;
+        self.stored(dead);
+        Ok(())
+    }
+
+    fn stored(&self, rows: &[NewRow]) {
+        let mut ids = self.ids();
+        let stored = rows.iter().filter(|row| ids.remove(&row.request.id));
+        self.metrics.in_flight.sub(stored.count() as i64);
+    }
+
+    /// Counts and names what is not stored by now.
+    fn give_up(&self) -> usize {
+        let lost = std::mem::take(&mut *self.ids());
         self.metrics.lost_shutdown.inc_by(lost.len() as u64);
         self.metrics.in_flight.sub(lost.len() as i64);
-        for (delivery, _) in lost.iter().take(NAMED_MAX) {
-            log::error!(id:% = delivery.request.id; "lost: neither delivered nor stored");
+        for id in lost.iter().take(NAMED_MAX) {
+            log::error!(id:%; "lost: neither delivered nor stored");
         }
         lost.len()
     }
 
     fn settle(&self, settlements: &[Settlement]) {
-        let deadline = Instant::now() + SETTLE_TIME;
         for batch in settlements.chunks(BATCH_ROWS_MAX) {
-            while self.store.settle(batch).is_err() {
-                if Instant::now() + TRY_PAUSE >= deadline {
-                    log::warn!(
-                        "rows could not be given back, they are due when their leases are over"
-                    );
+            let mut batch = batch;
+            while let Err(Stopped { from, error }) =
+                batch::carry_out(batch, |part| self.store.settle(part).map(drop), |_| {})
+            {
+                batch = &batch[from..];
+                let is_over = Instant::now() + TRY_PAUSE >= self.end;
+                if is_over || !error.is_outage() {
+                    log::warn!(error:%; "rows could not be given back, they are due when their leases are over");
                     return;
                 }
                 std::thread::sleep(TRY_PAUSE);
             }
-        }
-        while self.settlements.pending() > 0 && Instant::now() < deadline {
-            std::thread::sleep(LOOK);
         }
     }
 }
@@ -305,7 +419,10 @@ mod tests {
             slots: vec![Arc::default()],
             hurry: None,
         };
-        assert_eq!(drain.store_rest(), 3);
+        assert_eq!(
+            drain.store_rest(Instant::now() + Duration::from_secs(10)),
+            3
+        );
         assert_eq!(metrics.lost_shutdown.get(), 3);
         assert_eq!(metrics.in_flight.get(), 0);
         assert_eq!(store.sample().unwrap().waiting, 2);

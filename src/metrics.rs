@@ -2,7 +2,7 @@
 //!
 //! The rest of the program reports events through the fields here. They add up:
 //! accepted (direct + stored) = delivered + waiting + leased + spooled + in flight + dead + purged +
-//! lost, counted from an empty queue; late commits come on top of what was accepted.
+//! lost, counted from an empty queue; without a spool, late commits come on top of what was accepted.
 
 mod paths;
 
@@ -53,6 +53,7 @@ pub struct Metrics {
     pub dead_letters_purged: IntCounter,
     pub late_commits: IntCounter,
     pub lost_shutdown: IntCounter,
+    pub lost_refused: IntCounter,
     pub in_flight: IntGauge,
     pub breaker: Breaker,
     pub spool: Spool,
@@ -82,6 +83,7 @@ pub struct Refusals {
     pub overloaded: IntCounter,
     pub queue_full: IntCounter,
     pub looped: IntCounter,
+    pub unstorable: IntCounter,
 }
 
 impl Refusals {
@@ -150,10 +152,10 @@ impl Metrics {
         )?;
         let [answer_direct_seconds, answer_stored_seconds] = make.answers()?;
         let [attempts_delivered, attempts_later, attempts_buried] = make.attempts()?;
-        let [lost_shutdown] = make.counters_by(
+        let [lost_shutdown, lost_refused] = make.counters_by(
             "asyncproxy_lost_total",
             "Acknowledged requests that are gone, by reason.",
-            ("reason", ["shutdown"]),
+            ("reason", ["shutdown", "refused"]),
         )?;
         let [busy_intake, busy_proxy, busy_queue] = make.busy()?;
         let [batch_append, batch_claim, batch_settle] = make.batches()?;
@@ -188,6 +190,7 @@ impl Metrics {
                 "Dead letters deleted because they were older than queue.dead_retention.",
             )?,
             lost_shutdown,
+            lost_refused,
             in_flight: make.gauge(
                 "asyncproxy_in_flight",
                 "Requests accepted that are held in memory only.",
@@ -443,7 +446,15 @@ impl Make {
     }
 
     fn refusals(&self, total: IntCounter) -> Result<Refusals, prometheus::Error> {
-        let [invalid, too_large, timeout, overloaded, queue_full, looped] = self.counters_by(
+        let [
+            invalid,
+            too_large,
+            timeout,
+            overloaded,
+            queue_full,
+            looped,
+            unstorable,
+        ] = self.counters_by(
             "asyncproxy_refused_total",
             "Requests answered with an error, by reason.",
             (
@@ -455,6 +466,7 @@ impl Make {
                     "overloaded",
                     "queue_full",
                     "loop",
+                    "unstorable",
                 ],
             ),
         )?;
@@ -466,6 +478,7 @@ impl Make {
             overloaded,
             queue_full,
             looped,
+            unstorable,
         })
     }
 

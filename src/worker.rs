@@ -17,10 +17,11 @@ use crate::direct;
 use crate::logger::LogLimit;
 use crate::metrics::{Busy, Metrics};
 use crate::progress::Stage;
+use crate::queue::mover::refused;
 use crate::queue::poller::Room;
 use crate::queue::settler::Settlements;
 use crate::queue::writer::Appender;
-use crate::queue::{ByClass, Claimed, Class, Decision, Fate, NewRow, Settlement};
+use crate::queue::{ByClass, Claimed, Class, Decision, Fate, NewRow, Settlement, StoreError};
 use crate::request::Request;
 use crate::settle::{Failure, RetryPolicy, Verdict};
 use crate::upstream::Client;
@@ -28,6 +29,7 @@ use crate::upstream::Client;
 static FAILED: LogLimit = LogLimit::new();
 static BURIED: LogLimit = LogLimit::new();
 static UNSTORED: LogLimit = LogLimit::new();
+static UNSTORABLE: LogLimit = LogLimit::new();
 
 /// Pause between tries to store what was not delivered.
 const STORE_PAUSE: Duration = Duration::from_secs(1);
@@ -286,11 +288,14 @@ impl Worker {
             };
             let is_delivered = fate.is_none();
             let kept = fate.map(|fate| self.keep(&delivery, attempts, fate));
-            match kept.unwrap_or(Kept::Over) {
-                Kept::Over => {
+            let kept = kept.unwrap_or(Kept::Over);
+            match kept {
+                Kept::Over | Kept::Lost => {
                     if self.slot.take().is_some() {
                         let metrics = &self.shared.metrics;
                         metrics.delivered.inc_by(u64::from(is_delivered));
+                        let is_lost = matches!(kept, Kept::Lost);
+                        metrics.lost_refused.inc_by(u64::from(is_lost));
                         metrics.in_flight.dec();
                     }
                     return ControlFlow::Continue(());
@@ -316,8 +321,13 @@ impl Worker {
         };
         loop {
             let row = delivery.to_row(attempts, remaining(&fate, due));
-            let Err(error) = self.shared.appender.append(row) else {
-                return Kept::Over;
+            let error = match self.shared.appender.append(row) {
+                Ok(_) => return Kept::Over,
+                Err(StoreError::Refused(why)) => match self.bury(delivery, attempts, &fate, &why) {
+                    Ok(kept) => return kept,
+                    Err(error) => error,
+                },
+                Err(error) => error,
             };
             if let Some(suppressed) = UNSTORED.allow() {
                 log::error!(error:%, suppressed; "neither delivered nor stored, kept in memory");
@@ -330,6 +340,41 @@ impl Worker {
             if left.is_some_and(|left| left <= pause) {
                 return Kept::DueAgain;
             }
+        }
+    }
+
+    /// What the store refuses to keep becomes a dead letter, as it would be refused each time. If it
+    /// is refused as that, too, it is lost: nothing is tried for ever in memory.
+    ///
+    /// # Errors
+    /// The store's, when it could not be asked.
+    fn bury(
+        &self,
+        delivery: &Delivery,
+        attempts: u32,
+        fate: &Fate,
+        why: &str,
+    ) -> Result<Kept, StoreError> {
+        let id = delivery.request.id;
+        let failure = match fate {
+            Fate::Due { failure, .. } => failure.clone(),
+            Fate::Dead(failure) => Some(failure.clone()),
+            Fate::Leased(_) => None,
+        };
+        let dead = Fate::Dead(refused(why, failure));
+        match self.shared.appender.append(delivery.to_row(attempts, dead)) {
+            Ok(_) => {
+                if let Some(suppressed) = UNSTORABLE.allow() {
+                    log::error!(id:%, attempts, why, suppressed; "the store refuses a request that was not delivered, moved to the dead letters");
+                }
+                Ok(Kept::Over)
+            }
+            Err(StoreError::Refused(why)) => {
+                // Each is named: there is no other trace of it.
+                log::error!(id:%, attempts, why; "lost: neither delivered nor stored");
+                Ok(Kept::Lost)
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -386,6 +431,8 @@ impl Worker {
 enum Kept {
     /// Stored, or nothing was left to store.
     Over,
+    /// The store refuses it in any form.
+    Lost,
     DueAgain,
     /// The program is about to end, and stores it itself.
     Interrupted,

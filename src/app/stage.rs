@@ -19,7 +19,7 @@ use crate::queue::health::StoreHealth;
 use crate::queue::migrate::Policy;
 use crate::queue::operate::Operate;
 use crate::queue::postgres::PostgresStore;
-use crate::queue::spool::{self, Spool};
+use crate::queue::spool::Spool;
 use crate::queue::sqlite::SqliteStore;
 use crate::status::Status;
 use crate::thread::Threads;
@@ -37,10 +37,6 @@ fn store(config: &Config, per_second: &Arc<AtomicU32>) -> Arc<dyn Store> {
             let postgres = (**postgres).clone();
             let store = PostgresStore::new(postgres, db.max_connections, db.use_index, db.timeout);
             let store = store.with_policy(db.migrate);
-            let store = match db.spool {
-                Some(_) => store.with_append_timeout(spool::APPEND_TIMEOUT),
-                None => store,
-            };
             Arc::new(match config.queue.rate_scope {
                 RateScope::Instance => store,
                 RateScope::Cluster => store.sharing_changing_rate(Arc::clone(per_second)),

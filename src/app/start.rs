@@ -21,9 +21,10 @@ use crate::drain::Drain;
 use crate::intake::{Intake, builtin, tiny_http};
 use crate::progress::{self, Progress};
 use crate::queue::ByClass;
+use crate::queue::mover::Mover;
 use crate::queue::poller::{self, Poller, Room, Sampler, Wake};
 use crate::queue::settler::{Settlements, Settler};
-use crate::queue::spool::{Mover, Spool};
+use crate::queue::spool::Spool;
 use crate::queue::writer::{Appender, Writer};
 use crate::status::Status;
 use crate::systemd::Notifier;
@@ -81,7 +82,7 @@ impl Running {
         let (claiming, stop) = bounded(0);
         let (appender, settlements) = start_store_threads(&stage, config, &wake, &stop)?;
         if let (Some(spool), Some(filled)) = (&stage.spool, filled) {
-            start_mover(&stage, spool, filled, &wake, &stop)?;
+            start_mover(&stage, spool, filled, &wake, (&stop, config.db.timeout))?;
         }
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let places = Arc::new(Places::new(config.proxy.num_clients));
@@ -129,7 +130,6 @@ impl Running {
             intake: Arc::new(intake),
             drain,
             claiming,
-            claim_time_max: 2 * config.db.timeout,
         };
         running.begin(config, &stage, poller, listeners)
     }
@@ -270,7 +270,7 @@ fn start_mover(
     spool: &Arc<Spool>,
     filled: Receiver<()>,
     wake: &Wake,
-    stop: &Receiver<()>,
+    (stop, timeout): (&Receiver<()>, Duration),
 ) -> Result<(), RunError> {
     let mover = Mover {
         spool: Arc::clone(spool),
@@ -280,6 +280,7 @@ fn start_mover(
         filled,
         wake: wake.clone(),
         stop: stop.clone(),
+        timeout,
     };
     spawn(&stage.threads, "mover", move || mover.run())
 }

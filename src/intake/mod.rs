@@ -55,6 +55,8 @@ pub enum Answer {
     Expectation,
     /// 431: too many header fields, or too long ones.
     FieldsTooLarge,
+    /// 500: would have to be stored, and the store refuses this one request.
+    Unstorable,
     /// 503 with `Retry-After`: no room at the moment.
     Overloaded,
     /// 505.
@@ -77,6 +79,7 @@ impl Answer {
             Answer::LineTooLong => 414,
             Answer::Expectation => 417,
             Answer::FieldsTooLarge => 431,
+            Answer::Unstorable => 500,
             Answer::Overloaded => 503,
             Answer::Version => 505,
         }
@@ -135,6 +138,7 @@ impl Answer {
             Answer::LineTooLong => "request line is longer than 16 KiB\n",
             Answer::Expectation => "only 100-continue can be expected\n",
             Answer::FieldsTooLarge => "more than 64 KiB or 100 lines of header fields\n",
+            Answer::Unstorable => "the queue does not take this request\n",
             Answer::Overloaded => "no room at the moment, try again\n",
             Answer::Version => "only HTTP/1.1 and HTTP/1.0 are spoken here\n",
         };
@@ -157,7 +161,7 @@ impl Intake {
         match admitted {
             Admitted::Direct => self.metrics.answer_direct_seconds.observe(seconds),
             Admitted::Stored => self.metrics.answer_stored_seconds.observe(seconds),
-            Admitted::Refused | Admitted::QueueFull => {}
+            Admitted::Refused | Admitted::QueueFull | Admitted::Unstorable => {}
         }
         match admitted {
             Admitted::Direct | Admitted::Stored => {
@@ -165,6 +169,7 @@ impl Intake {
             }
             // Admission counts its own refusals.
             Admitted::Refused | Admitted::QueueFull => Answer::Overloaded,
+            Admitted::Unstorable => Answer::Unstorable,
         }
     }
 

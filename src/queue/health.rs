@@ -8,16 +8,20 @@ use std::sync::{Mutex, PoisonError};
 
 use super::StoreError;
 use super::depth::Depth;
+use super::doubts::Doubts;
 use crate::logger::LogLimit;
 use crate::metrics::Metrics;
 
 static FAILURES: LogLimit = LogLimit::new();
+/// Apart from these: however many there are, they hide no outage.
+static REFUSALS: LogLimit = LogLimit::new();
 
 /// Shared by all who use the store.
 #[derive(Debug, Default)]
 pub struct StoreHealth {
     state: Mutex<State>,
     pub depth: Depth,
+    pub doubts: Doubts,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -34,6 +38,7 @@ impl StoreHealth {
         StoreHealth {
             state: Mutex::default(),
             depth,
+            doubts: Doubts::default(),
         }
     }
 
@@ -66,19 +71,19 @@ impl StoreHealth {
             std::mem::replace(&mut *state, now)
         };
         metrics.store_up.set(i64::from(outage.is_none()));
-        match (&result, before) {
-            (Ok(_), State::Up) => {}
-            (Ok(_), State::Unknown) => log::info!("store is ready"),
-            (Ok(_), State::Down(_)) => log::warn!("store works again"),
-            (Err(error), _) => {
-                metrics.store_errors.inc();
-                if let Some(suppressed) = FAILURES.allow() {
-                    let what = match outage {
-                        Some(_) => "store does not work",
-                        None => "store refused an operation",
-                    };
-                    log::error!(operation, error:%, suppressed; "{what}");
-                }
+        match (outage, before) {
+            (None, State::Unknown) => log::info!("store is ready"),
+            (None, State::Down(_)) => log::warn!("store works again"),
+            (None, State::Up) | (Some(_), _) => {}
+        }
+        if let Err(error) = &result {
+            metrics.store_errors.inc();
+            let (limit, what) = match outage {
+                Some(_) => (&FAILURES, "store does not work"),
+                None => (&REFUSALS, "store refused an operation"),
+            };
+            if let Some(suppressed) = limit.allow() {
+                log::error!(operation, error:%, suppressed; "{what}");
             }
         }
         result

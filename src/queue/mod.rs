@@ -3,9 +3,12 @@
 //! Owns the types; [`sqlite`] and [`postgres`] keep the rows. Every change is one short
 //! transaction: a claim is a lease, never a delete, and nothing is held while a request is sent.
 
+pub mod batch;
 pub mod depth;
+pub mod doubts;
 pub mod health;
 pub mod migrate;
+pub mod mover;
 pub mod operate;
 pub mod poller;
 pub mod postgres;
@@ -16,12 +19,14 @@ pub mod spool;
 pub mod sqlite;
 pub mod writer;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
 
+use self::doubts::{Broken, NotAppended};
 use crate::request::Request;
 use crate::settle::{Failure, Verdict};
 
@@ -43,6 +48,26 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`StoreError`]; the rows may have been committed if the connection broke during the commit.
     fn append(&self, rows: &[NewRow]) -> Result<(), StoreError>;
+
+    /// As [`Store::append`], in a time of the caller's where the store goes by one, and with what
+    /// is known of rows that were not committed in it.
+    ///
+    /// # Errors
+    /// [`NotAppended`].
+    fn append_within(
+        &self,
+        rows: &[NewRow],
+        _within: Duration,
+        _broken: Broken,
+    ) -> Result<(), NotAppended> {
+        self.append(rows).map_err(NotAppended::over)
+    }
+
+    /// Those of the rows with these ids that are there, be they waiting, leased or dead.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn present(&self, ids: &[Uuid]) -> Result<HashSet<Uuid>, StoreError>;
 
     /// Leases up to `limit` rows of a class that are due, oldest due first (in any order without
     /// `db.use_index`): counts the attempt and hides the row for `lease`. Takes no further row
@@ -218,6 +243,8 @@ pub struct Settled {
     pub released: u64,
     /// Settlements that matched no row: claimed by another since, or settled before.
     pub stale: u64,
+    /// An earlier try of the same call may have settled some of those: its answer was lost.
+    pub is_repeat: bool,
 }
 
 /// How many rows there are.

@@ -14,7 +14,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use super::health::StoreHealth;
 use super::probes::Probes;
 use super::shares::{Got, Looked, Shares};
-use super::{BATCH_ROWS_MAX, ByClass, Claim, Class, Probe, Store, StoreError};
+use super::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, ByClass, Claim, Class, Probe, Store, StoreError};
 use crate::breaker::{Destination, Pace};
 use crate::budget::Budget;
 use crate::limiter::TokenBucket;
@@ -356,11 +356,15 @@ impl Poller {
     fn claim(&self, class: Class, limit: usize) -> Option<Got> {
         // The lease begins no sooner than this.
         let (lease, send_until) = lease(self.request_timeout);
-        let result = self.store.claim(class, limit, self.bytes_max(), lease);
+        // A claim has one operation's time, and the bodies may come from afar.
+        let bytes_max = self.bytes_max().min(BATCH_BYTES_MAX);
+        let result = self.store.claim(class, limit, bytes_max, lease);
         let claim = self.count(result)?;
+        let bytes: usize = claim.rows.iter().map(|row| row.request.body.len()).sum();
         let got = Got {
             rows: claim.rows.len(),
             first: claim.rows.iter().filter(|row| row.attempt == 1).count(),
+            is_cut_short: bytes >= bytes_max,
             held_back: claim.held_back,
             is_over: false,
         };
@@ -384,7 +388,7 @@ impl Poller {
                 class,
                 spot,
                 limit,
-                bytes_max: self.bytes_max(),
+                bytes_max: self.bytes_max().min(BATCH_BYTES_MAX),
                 except,
             };
             let result = self.store.claim_probes(&wanted, lease);
@@ -402,6 +406,8 @@ impl Poller {
         let claim = self.health.note("claim", result, &self.metrics).ok()?;
         self.health.depth.leave(claim.unreadable);
         self.metrics.unreadable.inc_by(claim.unreadable);
+        let ids = claim.rows.iter().map(|row| row.request.id);
+        self.health.doubts.seen(ids, &self.metrics);
         if !claim.rows.is_empty() {
             #[expect(clippy::cast_precision_loss, reason = "at most BATCH_ROWS_MAX")]
             self.metrics.batch_claim.observe(claim.rows.len() as f64);

@@ -15,14 +15,16 @@ mod statements;
 mod tls;
 mod tokens;
 
+use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use ::postgres::types::{ToSql, Type};
 use ::postgres::{Client, Row};
 use uuid::Uuid;
 
+use super::doubts::{self, Broken, End, NotAppended};
 use super::migrate::{Policy, Step, Version};
 use super::{
     BATCH_BYTES_MAX, ByClass, Claim, Claimed, Class, Decision, Fate, NewRow, PROBE_ROWS_MAX, Probe,
@@ -31,12 +33,12 @@ use super::{
 use crate::config::PostgresServer;
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
-use connections::{Connections, Fault};
+use connections::{Connections, Fault, is_broken};
 use start::Start;
 use statements::{
-    APPEND, APPEND_DEAD, CLAIM, CLAIM_BY_TOKENS, CLAIM_BY_TOKENS_UNORDERED, CLAIM_UNORDERED, PROBE,
-    PROBE_ANYWHERE, PROBE_ANYWHERE_BY_TOKENS, PROBE_BY_TOKENS, PROBE_END, PROBE_END_BY_TOKENS,
-    PURGE, SAMPLE, SETTLE,
+    APPEND, APPEND_DEAD, CLAIM, CLAIM_BY_TOKENS, CLAIM_BY_TOKENS_UNORDERED, CLAIM_UNORDERED,
+    PRESENT, PROBE, PROBE_ANYWHERE, PROBE_ANYWHERE_BY_TOKENS, PROBE_BY_TOKENS, PROBE_END,
+    PROBE_END_BY_TOKENS, PURGE, SAMPLE, SETTLE,
 };
 
 /// The longest delay or lease: what is later may as well be then.
@@ -51,7 +53,6 @@ pub struct PostgresStore {
     use_index: bool,
     starts: ByClass<Arc<Start>>,
     timeout: Duration,
-    append_timeout: Duration,
     shared_rate: Option<Arc<AtomicU32>>,
 }
 
@@ -74,17 +75,7 @@ impl PostgresStore {
                 retried: Arc::default(),
             },
             timeout,
-            append_timeout: timeout,
             shared_rate: None,
-        }
-    }
-
-    /// Gives up an append sooner than other operations.
-    #[must_use]
-    pub fn with_append_timeout(self, append_timeout: Duration) -> PostgresStore {
-        PostgresStore {
-            append_timeout: append_timeout.min(self.timeout),
-            ..self
         }
     }
 
@@ -162,8 +153,61 @@ pub fn version(server: &PostgresServer, timeout: Duration) -> Result<Version, St
 
 impl Store for PostgresStore {
     fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
+        self.append_within(rows, self.timeout, Broken::Repeat)
+            .map_err(|not| not.error)
+    }
+
+    fn append_within(
+        &self,
+        rows: &[NewRow],
+        within: Duration,
+        broken: Broken,
+    ) -> Result<(), NotAppended> {
         let rows = rows.to_vec();
-        self.run(self.append_timeout, move |client| append(client, &rows))
+        let (teller, ending) = doubts::ending();
+        let reached_again = Arc::new(AtomicBool::new(false));
+        let is_reached = Arc::clone(&reached_again);
+        let deadline = Instant::now() + within;
+        let tries = AtomicU32::new(0);
+        let result = self.run(within, move |client| {
+            if tries.fetch_add(1, Ordering::Relaxed) > 0 && broken == Broken::Tell {
+                is_reached.store(true, Ordering::Release);
+                let why = "the connection broke before an answer";
+                return Err(Fault::Store(StoreError::Unavailable(why.into())));
+            }
+            teller.begin();
+            let result = append(client, &rows);
+            match &result {
+                Ok(()) => teller.tell(End::Committed),
+                Err(fault) if !is_broken(fault) => teller.tell(End::Nothing),
+                Err(_) => teller.broke(),
+            }
+            result
+        });
+        let Err(error) = result else { return Ok(()) };
+        let unreachable = match ending.is_running() {
+            true => None,
+            false => self.connections.cannot_connect(),
+        };
+        // Without an answer in time, only a connection that cannot be made tells that it is away.
+        let is_in_time = Instant::now() < deadline && !reached_again.load(Ordering::Acquire);
+        Err(NotAppended {
+            is_away: error.is_outage() && (is_in_time || unreachable.is_some()),
+            error: match unreachable {
+                Some(unreachable) if !is_in_time => unreachable,
+                _ => error,
+            },
+            ending,
+        })
+    }
+
+    fn present(&self, ids: &[Uuid]) -> Result<HashSet<Uuid>, StoreError> {
+        let ids = ids.to_vec();
+        self.run(self.timeout, move |client| {
+            let rows = client.query_typed(PRESENT, &[(&ids, Type::UUID_ARRAY)])?;
+            let ids = rows.iter().map(|row| row.try_get(0));
+            Ok(ids.collect::<Result<_, _>>()?)
+        })
     }
 
     fn claim(
@@ -207,7 +251,15 @@ impl Store for PostgresStore {
 
     fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
         let settlements = settlements.to_vec();
-        self.run(self.timeout, move |client| settle(client, &settlements))
+        let tries = AtomicU32::new(0);
+        self.run(self.timeout, move |client| {
+            let is_repeat = tries.fetch_add(1, Ordering::Relaxed) > 0;
+            let settled = settle(client, &settlements)?;
+            Ok(Settled {
+                is_repeat,
+                ..settled
+            })
+        })
     }
 
     fn purge(&self, older_than: Duration, limit: usize) -> Result<u64, StoreError> {
@@ -496,7 +548,7 @@ impl Outcomes {
             later: count(&row, 1)?,
             buried: count(&row, 2)?,
             released: count(&row, 3)?,
-            stale: 0,
+            ..Settled::default()
         })
     }
 }

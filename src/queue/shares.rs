@@ -19,6 +19,8 @@ pub struct Got {
     pub rows: usize,
     /// Those among them that were never tried.
     pub first: usize,
+    /// No more were taken because their bodies were enough for one claim.
+    pub is_cut_short: bool,
     /// How long nothing will come, whoever asks.
     pub held_back: Option<Duration>,
     /// Asking for more is in vain: the store does not work.
@@ -55,12 +57,12 @@ struct Asked {
 impl Asked {
     /// Whether it got all that it asked for, so that more may wait.
     fn is_filled(&self) -> bool {
-        self.limit > 0 && self.got.rows >= self.limit
+        self.limit > 0 && (self.got.rows >= self.limit || self.got.is_cut_short)
     }
 
     /// Whether less is there than was asked for.
     fn is_exhausted(&self) -> bool {
-        self.got.rows < self.limit && self.got.held_back.is_none()
+        self.got.rows < self.limit && !self.got.is_cut_short && self.got.held_back.is_none()
     }
 }
 
@@ -281,7 +283,7 @@ mod tests {
                     rows,
                     first: if class == Class::Fresh { rows } else { 0 },
                     held_back: Some(Duration::from_millis(50)),
-                    is_over: false,
+                    ..Got::default()
                 }
             });
         }

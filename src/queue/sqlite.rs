@@ -11,6 +11,7 @@ mod probes;
 mod spooled;
 mod statements;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -29,8 +30,8 @@ use file::{Ownership, READER_CACHE_KIB};
 pub(super) use spooled::SpoolPosition;
 use statements::{
     BURY, BURY_UNREADABLE, DELETE, DELETE_UNREADABLE, INSERT, INSERT_DEAD, INSERT_LEASED,
-    IS_PAUSED, LEASE, POSTPONE, PURGE, RELEASE, SAMPLE, SELECT_FRESH, SELECT_FRESH_UNORDERED,
-    SELECT_OLD, SELECT_RETRIED, SELECT_RETRIED_UNORDERED,
+    IS_PAUSED, IS_PRESENT, LEASE, POSTPONE, PURGE, RELEASE, SAMPLE, SELECT_FRESH,
+    SELECT_FRESH_UNORDERED, SELECT_OLD, SELECT_RETRIED, SELECT_RETRIED_UNORDERED,
 };
 
 /// A queue in a SQLite file.
@@ -171,6 +172,19 @@ impl Store for SqliteStore {
                 ])?;
             }
             Ok(())
+        })
+    }
+
+    fn present(&self, ids: &[Uuid]) -> Result<HashSet<Uuid>, StoreError> {
+        self.write(|transaction| {
+            let mut is_present = transaction.prepare(IS_PRESENT)?;
+            let mut present = HashSet::new();
+            for id in ids {
+                if is_present.query_row([id.as_bytes()], |row| row.get(0))? {
+                    present.insert(*id);
+                }
+            }
+            Ok(present)
         })
     }
 

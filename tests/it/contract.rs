@@ -368,6 +368,7 @@ const STALE: Settled = Settled {
     buried: 0,
     released: 0,
     stale: 1,
+    is_repeat: false,
 };
 
 /// (waiting, leased, dead)
@@ -790,6 +791,7 @@ fn a_mixed_batch_counts_each_kind(bench: &Bench) {
         buried: 2,
         released: 1,
         stale: 1,
+        is_repeat: false,
     };
     assert_eq!(store.settle(&batch), Ok(expected));
     assert_eq!(counts(&*store), (4, 1, 2));

@@ -54,6 +54,7 @@ mod postgres_store;
 mod probes;
 mod purge;
 mod queue_commands;
+mod refusals;
 mod reload;
 mod retry;
 mod secrets;
@@ -66,3 +67,4 @@ mod systemd;
 mod tls;
 #[cfg(feature = "tls")]
 mod tls_destination;
+mod unanswered;

@@ -580,3 +580,28 @@ fn a_reader_who_has_seen_enough_is_no_error() {
     assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
     proxy.stop();
 }
+
+fn one_row_that_the_store_refuses_keeps_no_other_from_being_imported(route: Route) {
+    let (_destination, setup, proxy) = waiting(route, 20);
+    let exported = queue(&setup, &["export"]);
+    queue(&setup, &["drop", "--all"]);
+    proxy.stop();
+    let refusing = match setup.get("db.connection_string").starts_with("sqlite:") {
+        true => {
+            "CREATE TRIGGER refuse BEFORE INSERT ON proxy_requests WHEN NEW.target LIKE '/hook/7?%'
+             BEGIN SELECT RAISE(ABORT, 'bad target'); END"
+        }
+        false => {
+            "ALTER TABLE proxy_requests
+               ADD CONSTRAINT bad_target CHECK (target NOT LIKE '/hook/7?%')"
+        }
+    };
+    store::execute(&setup, refusing);
+    let output = output(&setup, &["import"], exported.as_bytes());
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("1 lines could not be imported"), "{error}");
+    assert!(error.contains("bad"), "{error}");
+    assert_eq!(store::rows(&setup), 19);
+}
+on_routes!(one_row_that_the_store_refuses_keeps_no_other_from_being_imported: sqlite Sqlite, postgres Postgres);

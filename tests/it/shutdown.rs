@@ -1,7 +1,7 @@
 //! Told to stop: what is finished, what is stored, and what senders meet meanwhile.
 
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::support::dedicated::DedicatedCluster;
 use crate::support::destination::{Answer, Destination};
@@ -191,4 +191,31 @@ fn a_database_that_comes_back_in_time_saves_the_rest() {
     cluster.start();
     assert_eq!(proxy.wait().code(), Some(0));
     assert_all_arrive_after_restart(&setup, &mut destination, 4);
+}
+
+/// Nobody knows when it will answer, or whether: `db.timeout` is longer than anybody waits here.
+#[test]
+fn a_store_that_never_answers_does_not_hold_up_the_stop() {
+    let destination = Destination::answering(|_| Answer::hang());
+    let mut cluster = DedicatedCluster::create();
+    cluster.start();
+    let setup = Setup::new(&destination.url())
+        .set("db.connection_string", cluster.url())
+        .set("db.timeout", LONG)
+        .set("server.shutdown_timeout", "1s");
+    let mut proxy = setup.start();
+    proxy.wait_for_log("store is ready");
+    cluster.freeze();
+    proxy.accept(0..1);
+    let id = destination.wait_for(1, PATIENCE)[0].id().to_owned();
+    let told = Instant::now();
+    proxy.sigterm();
+    let code = proxy.wait().code();
+    let took = told.elapsed();
+    cluster.thaw();
+    assert_eq!(code, Some(1), "{}", proxy.log());
+    assert!(took < Duration::from_secs(11), "{took:?}");
+    proxy.wait_for_log(&format!(
+        "msg=\"lost: neither delivered nor stored\" id={id}"
+    ));
 }

@@ -1,5 +1,6 @@
 //! The spool: what Postgres does not take waits in a file beside it, and comes to it in the end.
 
+use std::net::{Ipv4Addr, TcpListener};
 use std::thread;
 use std::time::Duration;
 
@@ -9,7 +10,9 @@ use crate::support::destination::{Answer, Destination};
 use crate::support::http;
 use crate::support::load::{Ledger, Load};
 use crate::support::metrics;
+use crate::support::postgres::{TestDb, cluster};
 use crate::support::proxy::{PATIENCE, Proxy, Setup, wait_until};
+use crate::support::relay::Relay;
 use crate::support::store;
 
 fn spooled(destination: &Destination, cluster: &DedicatedCluster) -> Setup {
@@ -234,4 +237,98 @@ fn killed_while_the_spool_is_moved() {
     });
     proxy.stop();
     assert_eq!(store::rows(&setup), 0);
+}
+
+/// A database behind a link that is slow, and whose commits are, too.
+struct Far {
+    relay: Relay,
+    database: TestDb,
+}
+
+impl Far {
+    fn new(bytes_per_second: u32) -> Far {
+        let database = cluster().database();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let relay = Relay::narrow(listener, database.port(), bytes_per_second);
+        Far { relay, database }
+    }
+
+    fn setup(&self, destination: &Destination) -> Setup {
+        let (near, far) = (self.database.port(), self.relay.port());
+        let url = self.database.url();
+        Setup::new(&destination.url())
+            .set("server.enqueue_rate", 0)
+            .set(
+                "db.connection_string",
+                url.replace(&near.to_string(), &far.to_string()),
+            )
+            .set("db.spool", "sqlite:spool.sqlite")
+    }
+
+    /// From now on each append takes so long after its rows are there.
+    fn commit_slowly(&self, seconds: f64) {
+        let sql = format!(
+            "CREATE OR REPLACE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql
+             AS $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NULL; END $$;
+             CREATE OR REPLACE TRIGGER wait AFTER INSERT ON proxy_requests
+             FOR EACH STATEMENT EXECUTE FUNCTION wait()"
+        );
+        self.database.client().batch_execute(&sql).expect("trigger");
+    }
+}
+
+/// Each append is over half a second late, in which its rows are delivered and deleted.
+#[test]
+fn what_is_committed_late_is_delivered_once_and_leaves_the_spool() {
+    const BODIES: usize = 6;
+    let destination = Destination::start();
+    let far = Far::new(5_000_000);
+    let setup = far.setup(&destination);
+    let proxy = setup.start();
+    proxy.wait_for_log("store is ready");
+    far.commit_slowly(0.7);
+    thread::scope(|scope| {
+        for number in 0..BODIES {
+            let proxy = &proxy;
+            scope.spawn(move || {
+                let id = format!("X-Id: {number}");
+                let body = vec![b'x'; 4_000_000];
+                let request = http::request("POST", "/large", &[&id], &body);
+                assert_eq!(proxy.send(&request).status, 200);
+            });
+        }
+    });
+    destination.wait_for_numbers(BODIES, PATIENCE);
+    metrics::assert_settled(&proxy, BODIES);
+    wait_until("an empty spool", || rows(&proxy) == 0.0);
+    let metrics = proxy.metrics();
+    let spooled = metrics.get("asyncproxy_spooled_total");
+    assert!(spooled > 0.0);
+    assert_eq!(metrics.get("asyncproxy_spool_moved_total"), spooled);
+    assert_eq!(metrics.get("asyncproxy_late_commits_total"), 0.0);
+    let log = proxy.log();
+    assert!(!log.contains("store does not work"), "{log}");
+    proxy.stop();
+    assert_eq!(destination.seen().len(), BODIES);
+}
+
+/// The server commits what it has; nobody hears of it.
+#[test]
+fn what_is_committed_after_its_connection_broke_does_not_come_back() {
+    let destination = Destination::start();
+    let far = Far::new(u32::MAX);
+    let setup = far.setup(&destination);
+    let proxy = setup.start();
+    proxy.wait_for_log("store is ready");
+    far.commit_slowly(2.0);
+    // Answered after half a second, when the append is under way.
+    proxy.accept(0..1);
+    assert_eq!(rows(&proxy), 1.0);
+    far.relay.cut();
+    destination.wait_for_numbers(1, PATIENCE);
+    metrics::assert_settled(&proxy, 1);
+    wait_until("an empty spool", || rows(&proxy) == 0.0);
+    assert_eq!(proxy.metrics().get("asyncproxy_spool_moved_total"), 1.0);
+    proxy.stop();
+    assert_eq!(destination.seen().len(), 1);
 }

@@ -16,6 +16,7 @@ use uuid::Uuid;
 use super::Failure;
 use super::show::summary;
 use crate::printable;
+use crate::queue::batch::{self, Part};
 use crate::queue::operate::{Filter, Operate, Row};
 use crate::queue::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow};
 use crate::request::{Headers, Request};
@@ -196,16 +197,12 @@ fn read_all(store: &dyn Operate, mut input: impl BufRead) -> Result<(u64, u64), 
                 }
                 Err(why) => {
                     faulty += 1;
-                    if faulty <= FAULTS_SHOWN {
-                        let why = printable::line(why.as_bytes());
-                        let _ = writeln!(io::stderr(), "asyncproxy: line {number}: {why}");
-                    }
+                    complain(faulty, &format!("line {number}"), &why);
                 }
             }
         }
         if batch.len() >= BATCH_ROWS_MAX || bytes >= BATCH_BYTES_MAX || is_end {
-            store.append(&batch)?;
-            imported += batch.len() as u64;
+            imported += take_in(store, &batch, &mut faulty)?;
             progress.add(batch.len());
             batch.clear();
             bytes = 0;
@@ -225,6 +222,31 @@ fn headers(listed: &Value) -> Result<Headers, String> {
     }
     let fields = fields.iter().map(|(name, value)| (*name, value.as_slice()));
     Headers::restored(fields).map_err(|why| why.to_string())
+}
+
+/// Appends rows, and returns how many: one that the store refuses is as a faulty line.
+fn take_in(store: &dyn Operate, rows: &[NewRow], faulty: &mut u64) -> Result<u64, Failure> {
+    let mut imported = 0;
+    batch::carry_out(
+        rows,
+        |part| store.append(part),
+        |part| match part {
+            Part::Taken(range, ()) => imported += range.len() as u64,
+            Part::Refused(at, why) => {
+                *faulty += 1;
+                complain(*faulty, &rows[at].request.id.to_string(), &why);
+            }
+        },
+    )
+    .map_err(|stopped| stopped.error)?;
+    Ok(imported)
+}
+
+fn complain(faulty: u64, what: &str, why: &str) {
+    if faulty <= FAULTS_SHOWN {
+        let why = printable::line(why.as_bytes());
+        let _ = writeln!(io::stderr(), "asyncproxy: {what}: {why}");
+    }
 }
 
 /// One line of an export. What was leased is due.

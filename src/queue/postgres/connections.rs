@@ -149,6 +149,13 @@ impl Connections {
             })
     }
 
+    /// Why there is no connection to the server, if the last try to make one has failed.
+    pub(super) fn cannot_connect(&self) -> Option<StoreError> {
+        let last_error = self.shared.last_error.lock();
+        let last_error = last_error.unwrap_or_else(PoisonError::into_inner);
+        last_error.clone().map(StoreError::Unavailable)
+    }
+
     fn hand_over(&self, job: Job, deadline: Instant) -> Result<(), StoreError> {
         let job = match self.jobs.0.try_send(job) {
             Ok(()) => return Ok(()),
@@ -403,7 +410,7 @@ fn address(config: &Config) -> String {
 
 /// Whether the connection is not to be used again. An error that the server reported ends the
 /// statement, a fatal one the connection; any other leaves the two sides out of step.
-fn is_broken(fault: &Fault) -> bool {
+pub(super) fn is_broken(fault: &Fault) -> bool {
     match fault {
         Fault::Store(_) => false,
         Fault::Postgres(error) => error.as_db_error().is_none_or(|error| {

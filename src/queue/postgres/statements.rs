@@ -30,6 +30,12 @@ pub(super) const APPEND_DEAD: &str = "
                    method, target, headers, body, leased)
         ON CONFLICT (id) DO NOTHING";
 
+/// Both parts by the primary key.
+pub(super) const PRESENT: &str = "
+    SELECT id FROM proxy_requests WHERE id = ANY ($1)
+     UNION ALL
+    SELECT id FROM proxy_dead_letters WHERE id = ANY ($1)";
+
 /// Rows are found and ordered by the index of their class, and updated where they were found. One
 /// that another instance changes meanwhile is skipped. No count overflows. The pause is looked for
 /// once, before any row.

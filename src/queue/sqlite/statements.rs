@@ -26,6 +26,10 @@ pub(super) const INSERT_LEASED: &str =
     insert!("proxy_requests", "next_attempt_at", ", leased", ", 1");
 pub(super) const INSERT_DEAD: &str = insert!("proxy_dead_letters", "died_at", "", "");
 
+pub(super) const IS_PRESENT: &str = "
+    SELECT EXISTS (SELECT 1 FROM proxy_requests WHERE id = ?1)
+        OR EXISTS (SELECT 1 FROM proxy_dead_letters WHERE id = ?1)";
+
 /// Served by the index of the class, which also has the order; or, as rows come, by the table.
 macro_rules! select_due {
     ($from:literal, $class:literal, $order:literal) => {

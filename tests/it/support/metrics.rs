@@ -13,7 +13,7 @@ use super::proxy::{PATIENCE, Proxy};
 pub struct Metrics(BTreeMap<String, f64>);
 
 /// Where an accepted request can be. They must add up to what was accepted.
-const WHEREABOUTS: [&str; 8] = [
+const WHEREABOUTS: [&str; 9] = [
     "asyncproxy_delivered_total",
     "asyncproxy_queue_rows{state=\"waiting\"}",
     "asyncproxy_queue_rows{state=\"leased\"}",
@@ -22,6 +22,7 @@ const WHEREABOUTS: [&str; 8] = [
     "asyncproxy_queue_rows{state=\"dead\"}",
     "asyncproxy_dead_letters_purged_total",
     "asyncproxy_lost_total{reason=\"shutdown\"}",
+    "asyncproxy_lost_total{reason=\"refused\"}",
 ];
 
 impl Metrics {
@@ -83,13 +84,16 @@ impl Metrics {
         WHEREABOUTS.iter().map(|name| self.get(name)).sum()
     }
 
+    pub fn is_balanced(&self) -> bool {
+        (self.accepted() - self.accounted_for()).abs() < 0.5
+    }
+
     /// Everything accepted is delivered, waiting, leased, in flight, dead, purged or lost; holds for
     /// a program whose queue was empty at its start.
     pub fn assert_balance(&self) {
         let places = WHEREABOUTS.map(|name| format!("{name} {}", self.get(name)));
-        let difference = (self.accepted() - self.accounted_for()).abs();
         assert!(
-            difference < 0.5,
+            self.is_balanced(),
             "accepted {}, but {places:?}",
             self.accepted()
         );
@@ -117,9 +121,11 @@ pub fn wait_for(proxy: &Proxy, what: &str, reached: impl Fn(&Metrics) -> bool) -
 pub fn assert_settled(proxy: &Proxy, accepted: usize) -> Metrics {
     // The rows are sampled, so they lag behind the counters.
     let metrics = wait_for(proxy, "a balance with nothing on its way", |metrics| {
-        let on_its_way =
-            metrics.rows("waiting") + metrics.rows("leased") + metrics.get("asyncproxy_in_flight");
-        on_its_way < 0.5 && (metrics.accepted() - metrics.accounted_for()).abs() < 0.5
+        let on_its_way = metrics.rows("waiting")
+            + metrics.rows("leased")
+            + metrics.get("asyncproxy_spool_rows")
+            + metrics.get("asyncproxy_in_flight");
+        on_its_way < 0.5 && metrics.is_balanced()
     });
     metrics.assert_balance();
     assert_eq!(metrics.accepted(), accepted as f64);
