@@ -223,6 +223,8 @@ struct Running {
     drain: Drain,
     /// Closed to stop claiming.
     claiming: Sender<()>,
+    /// Closed when no lease is left: until then the others hear of us.
+    beating: Sender<()>,
     /// A claim that is under way ends in this time.
     claim_time_max: Duration,
 }
@@ -299,7 +301,11 @@ impl Running {
         self.threads
             .wait_for("poller", Instant::now() + self.claim_time_max);
         self.intake.admission.close();
-        self.drain.store_rest()
+        let lost = self.drain.store_rest();
+        drop(self.beating);
+        self.threads
+            .wait_for("heartbeat", Instant::now() + self.claim_time_max);
+        lost
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ::postgres::Client;
 use crossbeam_channel::{RecvTimeoutError, bounded};
 
 use super::super::StoreError;
 use super::super::migrate::Version;
-use super::connections::{self, Fault};
-use super::schema;
+use super::errors::{self, Fault};
+use super::hosts::Link;
+use super::session::Session as Connection;
+use super::{connections, schema};
 use crate::config::PostgresServer;
 use crate::thread::Threads;
 
@@ -157,7 +158,7 @@ type Step = (&'static str, fn(&mut Session) -> Result<Fact, Fault>);
 const STEPS: [Step; 6] = [
     ("server", server),
     ("schema", |session| {
-        Ok(Fact::Schema(schema::version(&mut session.client)?))
+        Ok(Fact::Schema(schema::version(&mut session.link.session)?))
     }),
     ("pooler", pooling),
     ("snapshots", snapshots),
@@ -169,7 +170,7 @@ const CONNECTION: &str = "connection";
 struct Session {
     server: PostgresServer,
     timeout: Duration,
-    client: Client,
+    link: Link,
 }
 
 /// Finds out all that can be, each within `timeout`; after one that takes longer no more.
@@ -203,23 +204,23 @@ pub fn inspect(server: &PostgresServer, timeout: Duration) -> Vec<Observation> {
 
 fn for_each_fact(server: PostgresServer, timeout: Duration, report: impl Fn(Observation)) {
     let began = Instant::now();
-    let client = match connections::connect(&server, timeout) {
-        Ok(client) => client,
+    let link = match connections::connect(&server, timeout) {
+        Ok(link) => link,
         Err(error) => return report(Err((CONNECTION, error))),
     };
     report(Ok(Fact::Connected(began.elapsed())));
     let mut session = Session {
         server,
         timeout,
-        client,
+        link,
     };
     for (name, step) in STEPS {
-        report(step(&mut session).map_err(|fault| (name, connections::describe(fault))));
+        report(step(&mut session).map_err(|fault| (name, errors::describe(fault))));
     }
 }
 
 fn server(session: &mut Session) -> Result<Fact, Fault> {
-    let row = session.client.query_typed_one(SERVER, &[])?;
+    let row = session.link.session.query_typed_one(SERVER, &[])?;
     Ok(Fact::Server(Server {
         version: row.try_get(0)?,
         version_num: row.try_get(1)?,
@@ -233,20 +234,20 @@ fn server(session: &mut Session) -> Result<Fact, Fault> {
 }
 
 fn pooling(session: &mut Session) -> Result<Fact, Fault> {
-    let pid = |client: &mut Client| -> Result<i32, Fault> {
-        Ok(client.query_typed_one(PID, &[])?.try_get(0)?)
+    let pid = |connection: &mut Connection| -> Result<i32, Fault> {
+        Ok(connection.query_typed_one(PID, &[])?.try_get(0)?)
     };
     let (mut other, mut is_refused) = has_transactions(session)?;
     if is_refused {
         // It may have been an accident that has nothing to do with transactions.
-        pid(&mut session.client)?;
+        pid(&mut session.link.session)?;
         (other, is_refused) = has_transactions(session)?;
     }
     if is_refused {
         return Ok(Fact::Pooling(Pooling::Statement));
     }
     for _ in 0..POOLING_TRIES {
-        if pid(&mut session.client)? == pid(&mut other)? {
+        if pid(&mut session.link.session)? == pid(&mut other.session)? {
             return Ok(Fact::Pooling(Pooling::Transaction));
         }
     }
@@ -255,23 +256,23 @@ fn pooling(session: &mut Session) -> Result<Fact, Fault> {
 
 /// A client more, and whether a transaction on it was refused. PgBouncer ends the connection for
 /// it, and its reason gets lost on the way.
-fn has_transactions(session: &Session) -> Result<(Client, bool), Fault> {
-    let client = connections::connect(&session.server, session.timeout);
-    let mut client = client.map_err(Fault::Store)?;
-    let begun = client.transaction().and_then(|mut transaction| {
+fn has_transactions(session: &Session) -> Result<(Link, bool), Fault> {
+    let link = connections::connect(&session.server, session.timeout);
+    let mut link = link.map_err(Fault::Store)?;
+    let begun = link.session.transaction().and_then(|mut transaction| {
         transaction.query_typed_one(PID, &[])?;
         transaction.commit()
     });
     match begun {
-        Ok(()) => Ok((client, false)),
-        Err(error) if error.is_closed() || error.as_db_error().is_some() => Ok((client, true)),
+        Ok(()) => Ok((link, false)),
+        Err(error) if error.is_closed() || error.as_db_error().is_some() => Ok((link, true)),
         Err(error) => Err(error.into()),
     }
 }
 
 fn snapshots(session: &mut Session) -> Result<Fact, Fault> {
     let mut held = Vec::new();
-    for row in session.client.query_typed(SNAPSHOTS, &[])? {
+    for row in session.link.session.query_typed(SNAPSHOTS, &[])? {
         let (kind, name): (String, String) = (row.try_get(0)?, row.try_get(1)?);
         held.push(Snapshot {
             holder: match kind.as_str() {
@@ -287,13 +288,17 @@ fn snapshots(session: &mut Session) -> Result<Fact, Fault> {
             seconds: row.try_get(5)?,
         });
     }
-    let hidden = session.client.query_typed_one(HIDDEN, &[])?.try_get(0)?;
+    let hidden = session
+        .link
+        .session
+        .query_typed_one(HIDDEN, &[])?
+        .try_get(0)?;
     Ok(Fact::Snapshots { held, hidden })
 }
 
 fn tables(session: &mut Session) -> Result<Fact, Fault> {
     let mut tables = Vec::new();
-    for row in session.client.query_typed(TABLES, &[])? {
+    for row in session.link.session.query_typed(TABLES, &[])? {
         tables.push(Table {
             name: row.try_get(0)?,
             live: row.try_get(1)?,
@@ -308,7 +313,11 @@ fn tables(session: &mut Session) -> Result<Fact, Fault> {
 
 fn clock(session: &mut Session) -> Result<Fact, Fault> {
     let began = (Instant::now(), SystemTime::now());
-    let theirs: f64 = session.client.query_typed_one(CLOCK, &[])?.try_get(0)?;
+    let theirs: f64 = session
+        .link
+        .session
+        .query_typed_one(CLOCK, &[])?
+        .try_get(0)?;
     let exact_to = began.0.elapsed().as_secs_f64() / 2.0;
     let ours = began.1.duration_since(UNIX_EPOCH).unwrap_or_default();
     Ok(Fact::Clock {

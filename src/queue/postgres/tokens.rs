@@ -6,13 +6,14 @@
 
 use std::time::{Duration, SystemTime};
 
+use ::postgres::Row;
 use ::postgres::types::Type;
-use ::postgres::{Client, Row};
 use uuid::Uuid;
 
 use super::super::Class;
 use super::Parameter;
-use super::connections::Fault;
+use super::errors::Fault;
+use super::session::Session;
 use super::statements::{CLAIM_BY_TOKENS, CLAIM_BY_TOKENS_UNORDERED, CLAIMED, RESTORE_RATE};
 
 /// While another instance has the tokens: about as long as a claim takes.
@@ -21,10 +22,10 @@ const TURN: Duration = Duration::from_millis(10);
 /// Claims with the parameters of `CLAIM`, the first of which is `limit`. Returns the rows in
 /// its columns, and how long nothing will come, if that is for want of tokens.
 pub(super) fn claim(
-    client: &mut Client,
+    session: &mut Session,
     class: Class,
     is_ordered: bool,
-    parameters: &[Parameter<'_>; 4],
+    parameters: &[Parameter<'_>; 5],
     limit: i64,
     per_second: u32,
 ) -> Result<(Vec<Row>, Option<Duration>), Fault> {
@@ -34,17 +35,18 @@ pub(super) fn claim(
         CLAIM_BY_TOKENS_UNORDERED.of(class)
     };
     let rate = f64::from(per_second);
-    let [limit_parameter, lease, bytes_max, from] = parameters.clone();
+    let [limit_parameter, lease, bytes_max, from, instance] = parameters.clone();
     let all = [
         limit_parameter,
         lease,
         bytes_max,
         from,
+        instance,
         (&rate, Type::FLOAT8),
     ];
-    let row = client.query_typed_one(statement, &all)?;
+    let row = session.query_typed_one(statement, &all)?;
     if !row.try_get::<_, bool>("has_rate")? {
-        client.execute_typed(RESTORE_RATE, &[])?;
+        session.execute_typed(RESTORE_RATE, &[])?;
     }
     let ids: Vec<Uuid> = row.try_get("ids")?;
     let attempts: Vec<i32> = row.try_get("attempts")?;
@@ -58,7 +60,7 @@ pub(super) fn claim(
     if ids.is_empty() {
         return Ok((Vec::new(), held_back));
     }
-    let rows = client.query_typed(
+    let rows = session.query_typed(
         CLAIMED,
         &[
             (&ids, Type::UUID_ARRAY),
