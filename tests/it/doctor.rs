@@ -172,7 +172,7 @@ fn postgres_is_looked_at() {
     for (about, part) in [
         ("db.connection_string", "connected in"),
         ("db.connection_string", "PostgreSQL 1"),
-        ("db.connection_string", "the schema has version 1"),
+        ("db.connection_string", "the schema has version 2"),
         ("db.max_connections", "free"),
         ("pooler", "none"),
         ("old snapshots", "none"),
