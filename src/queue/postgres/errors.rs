@@ -117,6 +117,10 @@ pub(super) fn describe(fault: Fault) -> StoreError {
     }
 }
 
+/// What to do about a server that only reads.
+const READ_ONLY: &str = "it is a standby, or default_transaction_read_only is on: name the primary, \
+                         or all hosts, of which then the one that takes writes is found";
+
 /// What to do about a right that is missing.
 const RIGHTS: &str = "the role needs SELECT, INSERT, UPDATE and DELETE on the tables, and to make or \
                       change them the rights of their owner; asyncproxy doctor tells what is missing";
@@ -129,9 +133,9 @@ fn classify(sqlstate: &str, text: String) -> StoreError {
         // A relation, column or right that is not there: no operation of ours will do better.
         "42P01" | "42703" => StoreError::Schema(format!("{text}: run asyncproxy migrate")),
         "42501" => StoreError::Schema(format!("{text}: {RIGHTS}")),
+        "25006" => StoreError::Unavailable(format!("{text}: {READ_ONLY}")),
         // 08: the connection, PgBouncer's own errors among them. 53: disk, memory or connections
-        // are exhausted. 57: an operator or a shutdown. 58: the system's errors. 25006: a standby.
-        "25006" => StoreError::Unavailable(text),
+        // are exhausted. 57: an operator or a shutdown. 58: the system's errors.
         code => match code.get(..2) {
             Some("08" | "53" | "57" | "58") => StoreError::Unavailable(text),
             Some("3D" | "3F") => StoreError::Schema(text),

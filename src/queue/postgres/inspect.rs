@@ -28,7 +28,31 @@ const SERVER: &str = "
            current_setting('autovacuum') = 'on',
            current_setting('fsync') = 'on',
            current_setting('full_page_writes') = 'on',
-           current_setting('synchronous_commit')";
+           current_setting('synchronous_commit'),
+           pg_is_in_recovery(),
+           current_setting('transaction_read_only') = 'on',
+           current_setting('default_transaction_isolation')";
+
+/// What the store does to its tables, and whether the user may.
+const RIGHTS: &str = "
+    SELECT current_schema()::text,
+           current_user::text,
+           coalesce(has_schema_privilege(current_schema(), 'CREATE'), false),
+           coalesce((SELECT pg_has_role(relowner, 'USAGE')
+                       FROM pg_class
+                      WHERE oid = to_regclass('proxy_requests')), true),
+           ARRAY(
+               SELECT upper(kind) || ' ON ' || name
+                 FROM (VALUES ('proxy_requests', ARRAY['select', 'insert', 'update', 'delete']),
+                              ('proxy_dead_letters', ARRAY['select', 'insert', 'update', 'delete']),
+                              ('proxy_rate', ARRAY['select', 'insert', 'update']),
+                              ('proxy_pause', ARRAY['select', 'insert', 'delete']),
+                              ('proxy_instances', ARRAY['select', 'insert', 'update', 'delete']),
+                              ('asyncproxy_migrations', ARRAY['select'])
+                      ) AS needed (name, kinds),
+                      unnest(kinds) AS kind
+                WHERE NOT coalesce(has_table_privilege(to_regclass(name), kind), true)
+           )";
 
 /// Who keeps vacuum from removing what died since. Workers of autovacuum do not.
 const SNAPSHOTS: &str = "
@@ -82,6 +106,7 @@ pub enum Fact {
     Connected(Duration),
     Server(Server),
     Schema(Version),
+    Rights(Rights),
     Pooling(Pooling),
     Snapshots {
         /// The one that goes back furthest first.
@@ -108,6 +133,24 @@ pub struct Server {
     pub fsync: bool,
     pub full_page_writes: bool,
     pub synchronous_commit: String,
+    pub is_standby: bool,
+    pub is_read_only: bool,
+    /// The default of the database's transactions.
+    pub isolation: String,
+}
+
+/// What the user may do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rights {
+    pub user: String,
+    /// Where tables are looked for and made; none if it is not there.
+    pub schema: Option<String>,
+    pub may_create: bool,
+    /// Also if there are no tables.
+    pub owns_tables: bool,
+    /// Such as `UPDATE ON proxy_requests`.
+    pub missing: Vec<String>,
+    pub version: Version,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -155,11 +198,12 @@ pub type Observation = Result<Fact, (&'static str, StoreError)>;
 
 type Step = (&'static str, fn(&mut Session) -> Result<Fact, Fault>);
 
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 7] = [
     ("server", server),
     ("schema", |session| {
         Ok(Fact::Schema(schema::version(&mut session.link.session)?))
     }),
+    ("rights", rights),
     ("pooler", pooling),
     ("snapshots", snapshots),
     ("tables", tables),
@@ -230,6 +274,22 @@ fn server(session: &mut Session) -> Result<Fact, Fault> {
         fsync: row.try_get(5)?,
         full_page_writes: row.try_get(6)?,
         synchronous_commit: row.try_get(7)?,
+        is_standby: row.try_get(8)?,
+        is_read_only: row.try_get(9)?,
+        isolation: row.try_get(10)?,
+    }))
+}
+
+fn rights(session: &mut Session) -> Result<Fact, Fault> {
+    let version = schema::version(&mut session.link.session)?;
+    let row = session.link.session.query_typed_one(RIGHTS, &[])?;
+    Ok(Fact::Rights(Rights {
+        schema: row.try_get(0)?,
+        user: row.try_get(1)?,
+        may_create: row.try_get(2)?,
+        owns_tables: row.try_get(3)?,
+        missing: row.try_get(4)?,
+        version,
     }))
 }
 
