@@ -15,12 +15,15 @@ use std::time::{Duration, Instant};
 
 use ::postgres::Socket;
 use ::postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+#[cfg(feature = "tls")]
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::Sleep;
 
 use crate::tls::ClientConfig;
 
 /// `SSLRequest` of the protocol: its length, and the code that no version has.
+#[cfg(feature = "tls")]
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 
 /// Until when a connection's bytes are waited for. All copies are one.
@@ -158,17 +161,16 @@ async fn secure(mut socket: Socket, security: Security, host: String) -> io::Res
 }
 
 #[cfg(not(feature = "tls"))]
-async fn secure(mut socket: Socket, security: Security, _host: String) -> io::Result<Bytes> {
+async fn secure(socket: Socket, security: Security, _host: String) -> io::Result<Bytes> {
     match security {
         Security::Plain => Ok(Bytes::Plain(socket)),
-        Security::Preferred(_) if !asks_for_tls(&mut socket).await? => Ok(Bytes::Plain(socket)),
-        Security::Preferred(_) | Security::Required(_) => {
-            Err(io::Error::other("this build has no TLS"))
-        }
+        // Without TLS there is no configuration of it.
+        Security::Preferred(config) | Security::Required(config) => match *config {},
     }
 }
 
 /// Whether the server is ready for a handshake.
+#[cfg(feature = "tls")]
 async fn asks_for_tls(socket: &mut Socket) -> io::Result<bool> {
     socket.write_all(&SSL_REQUEST).await?;
     let mut answer = [0];
