@@ -153,13 +153,11 @@ fn what_the_only_instance_had_when_it_was_killed_is_soon_sent_by_the_next() {
             assert_eq!(times(&destination.seen(), number), expected, "{number}");
         }
         proxy.stop();
-        let known = "SELECT count(*) FROM proxy_instances";
+        // The dead one's name may be kept for a while.
+        let known = "SELECT count(*) FROM proxy_instances
+                      WHERE last_seen > now() - interval '5 seconds'";
         let row = database.client().query_one(known, &[]).expect(known);
-        assert_eq!(
-            row.get::<_, i64>(0),
-            0,
-            "one that is dead, one that has left"
-        );
+        assert_eq!(row.get::<_, i64>(0), 0, "the last one has left");
     }
 }
 
