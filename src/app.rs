@@ -287,6 +287,8 @@ struct Running {
     drain: Drain,
     /// Closed to stop claiming.
     claiming: Sender<()>,
+    /// Closed when no lease is left: until then the others hear of us.
+    beating: Sender<()>,
 }
 
 impl Running {
@@ -367,7 +369,10 @@ impl Running {
         let patience = Instant::now() + STOP_PATIENCE;
         self.threads.wait_for("poller", patience);
         self.intake.admission.close(patience);
-        self.drain.store_rest(end)
+        let lost = self.drain.store_rest(end);
+        drop(self.beating);
+        self.threads.wait_for("heartbeat", end);
+        lost
     }
 }
 

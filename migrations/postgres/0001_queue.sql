@@ -1,5 +1,7 @@
+-- Each step leaves alone what is there: after a restore that brought back a part, all are run again.
+
 -- Requests that wait or are leased.
-CREATE TABLE proxy_requests (
+CREATE TABLE IF NOT EXISTS proxy_requests (
     id              uuid        PRIMARY KEY,
     received_at     timestamptz NOT NULL CHECK (isfinite(received_at)),
     next_attempt_at timestamptz NOT NULL CHECK (isfinite(next_attempt_at)),
@@ -29,13 +31,13 @@ ALTER TABLE proxy_requests ALTER COLUMN body SET STORAGE EXTERNAL;
 -- Serves the claim by its first column, and counts by all three without the rows themselves.
 -- A claim changes the first, so no update is a HOT one, and a lower fillfactor would not help.
 -- Each row is in one of two: those that were tried at most once are claimed apart from the others.
-CREATE INDEX proxy_requests_fresh ON proxy_requests (next_attempt_at)
+CREATE INDEX IF NOT EXISTS proxy_requests_fresh ON proxy_requests (next_attempt_at)
     INCLUDE (leased, received_at) WHERE attempt <= 1;
-CREATE INDEX proxy_requests_retried ON proxy_requests (next_attempt_at)
+CREATE INDEX IF NOT EXISTS proxy_requests_retried ON proxy_requests (next_attempt_at)
     INCLUDE (leased, received_at) WHERE attempt > 1;
 
 -- Requests that were given up. Kept as they were: one that cannot be sent may be here, too.
-CREATE TABLE proxy_dead_letters (
+CREATE TABLE IF NOT EXISTS proxy_dead_letters (
     id          uuid        PRIMARY KEY,
     received_at timestamptz,
     died_at     timestamptz NOT NULL,
@@ -48,11 +50,11 @@ CREATE TABLE proxy_dead_letters (
     body        bytea
 );
 
-CREATE INDEX proxy_dead_letters_died_at ON proxy_dead_letters (died_at);
+CREATE INDEX IF NOT EXISTS proxy_dead_letters_died_at ON proxy_dead_letters (died_at);
 
 -- What is left of `queue.handle_per_second` where all instances share it: one row, which a claim
 -- locks, refills by the time that has passed, and takes its tokens from.
-CREATE TABLE proxy_rate (
+CREATE TABLE IF NOT EXISTS proxy_rate (
     is_only     boolean          PRIMARY KEY DEFAULT true CHECK (is_only),
     tokens      double precision NOT NULL CHECK (tokens >= 0 AND tokens < 'infinity'),
     refilled_at timestamptz      NOT NULL CHECK (isfinite(refilled_at))
@@ -66,10 +68,10 @@ CREATE TABLE proxy_rate (
 );
 
 -- Full as soon as someone asks, whatever the rate.
-INSERT INTO proxy_rate (tokens, refilled_at) VALUES (0, 'epoch');
+INSERT INTO proxy_rate (tokens, refilled_at) VALUES (0, 'epoch') ON CONFLICT DO NOTHING;
 
 -- Holds a row while nobody is to claim anything.
-CREATE TABLE proxy_pause (
+CREATE TABLE IF NOT EXISTS proxy_pause (
     is_only   boolean     PRIMARY KEY DEFAULT true CHECK (is_only),
     paused_at timestamptz NOT NULL DEFAULT now()
 );

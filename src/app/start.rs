@@ -21,6 +21,7 @@ use crate::drain::Drain;
 use crate::intake::{Intake, builtin, tiny_http};
 use crate::progress::{self, Progress};
 use crate::queue::ByClass;
+use crate::queue::heartbeat::Heartbeat;
 use crate::queue::mover::Mover;
 use crate::queue::poller::{self, Poller, Room, Sampler, Wake};
 use crate::queue::settler::{Settlements, Settler};
@@ -84,6 +85,7 @@ impl Running {
         if let (Some(spool), Some(filled)) = (&stage.spool, filled) {
             start_mover(&stage, spool, filled, &wake, (&stop, config.db.timeout))?;
         }
+        let beating = start_heartbeat(&stage, &wake)?;
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let places = Arc::new(Places::new(config.proxy.num_clients));
         let (direct_sender, direct) = start_direct(config, &stage)?;
@@ -130,6 +132,7 @@ impl Running {
             intake: Arc::new(intake),
             drain,
             claiming,
+            beating,
         };
         running.begin(config, &stage, poller, listeners)
     }
@@ -263,6 +266,22 @@ fn start_store_threads(
 /// store and the spool, one on the heels of another.
 fn store_limit(config: &Config) -> Duration {
     8 * config.db.timeout + Duration::from_secs(30)
+}
+
+/// Beats until what it returns is dropped.
+fn start_heartbeat(stage: &Stage, wake: &Wake) -> Result<Sender<()>, RunError> {
+    let (beating, stop) = bounded(0);
+    if stage.store.is_shared() {
+        let heartbeat = Heartbeat {
+            store: Arc::clone(&stage.store),
+            health: Arc::clone(&stage.health),
+            metrics: Arc::clone(&stage.metrics),
+            wake: wake.clone(),
+            stop,
+        };
+        spawn(&stage.threads, "heartbeat", move || heartbeat.run())?;
+    }
+    Ok(beating)
 }
 
 fn start_mover(

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use postgres::config::{Host, SslMode};
+use postgres::config::{Host, SslMode, TargetSessionAttrs};
 
 use super::ssl::Ssl;
 use crate::tls::ClientConfig;
@@ -76,6 +76,14 @@ pub(super) struct Parsed {
     pub(super) key_file: Option<PathBuf>,
 }
 
+/// What was seen of a string's keywords.
+#[derive(Debug, Default)]
+struct Keywords {
+    ignored: Vec<String>,
+    /// `target_session_attrs` is among them.
+    has_target: bool,
+}
+
 /// `default_user` is who connects if the string does not say.
 ///
 /// # Errors
@@ -88,12 +96,12 @@ pub(super) fn parse(text: &str, default_user: &str) -> Result<Parsed, String> {
             key_file: None,
         });
     }
-    let mut ignored = Vec::new();
+    let mut keywords = Keywords::default();
     let is_url = text.starts_with("postgres://") || text.starts_with("postgresql://");
     let (rewritten, ssl) = if is_url {
-        filter_url(text, &mut ignored)
+        filter_url(text, &mut keywords)
     } else {
-        filter_keywords(text, &mut ignored)?
+        filter_keywords(text, &mut keywords)?
     };
     let key_file = ssl.key_file();
     let (ssl_mode, tls) = ssl.resolve()?;
@@ -105,6 +113,10 @@ pub(super) fn parse(text: &str, default_user: &str) -> Result<Parsed, String> {
         )
     })?;
     set_hosts(&mut config);
+    // Of several hosts all but one are standbys: whoever says nothing means the one that writes.
+    if config.get_hosts().len() > 1 && !keywords.has_target {
+        config.target_session_attrs(TargetSessionAttrs::ReadWrite);
+    }
     let is_local = |host: &Host| matches!(host, Host::Unix(_));
     // Nobody listens in on a unix socket: libpq disregards the mode there.
     let is_plain = config.get_hosts().iter().all(is_local);
@@ -114,7 +126,7 @@ pub(super) fn parse(text: &str, default_user: &str) -> Result<Parsed, String> {
     }
     Ok(Parsed {
         database: Database::Postgres(Box::new(PostgresServer { config, tls })),
-        ignored,
+        ignored: keywords.ignored,
         key_file,
     })
 }
@@ -162,7 +174,7 @@ fn file(path: &str, accepted: &str) -> Result<PathBuf, String> {
 }
 
 /// Keeps the parameters of a URL that are known; returns `sslmode` and its like apart.
-fn filter_url(text: &str, ignored: &mut Vec<String>) -> (String, Ssl) {
+fn filter_url(text: &str, keywords: &mut Keywords) -> (String, Ssl) {
     let mut ssl = Ssl::default();
     let Some((base, query)) = text.split_once('?') else {
         return (text.to_owned(), ssl);
@@ -171,7 +183,7 @@ fn filter_url(text: &str, ignored: &mut Vec<String>) -> (String, Ssl) {
         .split('&')
         .filter(|parameter| {
             let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-            !ssl.take(key, &percent_decoded(value)) && keep(key, ignored)
+            !ssl.take(key, &percent_decoded(value)) && keep(key, keywords)
         })
         .collect();
     let separator = if kept.is_empty() { "" } else { "?" };
@@ -199,7 +211,7 @@ fn percent_decoded(text: &str) -> String {
 }
 
 /// The same for keywords.
-fn filter_keywords(text: &str, ignored: &mut Vec<String>) -> Result<(String, Ssl), String> {
+fn filter_keywords(text: &str, keywords: &mut Keywords) -> Result<(String, Ssl), String> {
     let mut ssl = Ssl::default();
     let mut kept = String::new();
     let mut rest = text.trim_start();
@@ -217,7 +229,7 @@ fn filter_keywords(text: &str, ignored: &mut Vec<String>) -> Result<(String, Ssl
             return Err(ACCEPTED.into());
         }
         let (value, after) = value(after.trim_start())?;
-        if !ssl.take(key, &value) && keep(key, ignored) {
+        if !ssl.take(key, &value) && keep(key, keywords) {
             let escaped = value.replace('\\', "\\\\").replace('\'', "\\'");
             kept.push_str(&format!("{key}='{escaped}' "));
         }
@@ -226,10 +238,11 @@ fn filter_keywords(text: &str, ignored: &mut Vec<String>) -> Result<(String, Ssl
     Ok((kept, ssl))
 }
 
-fn keep(key: &str, ignored: &mut Vec<String>) -> bool {
+fn keep(key: &str, keywords: &mut Keywords) -> bool {
+    keywords.has_target |= key == "target_session_attrs";
     let is_known = KNOWN.contains(&key);
     if !is_known && !key.is_empty() {
-        ignored.push(key.to_owned());
+        keywords.ignored.push(key.to_owned());
     }
     is_known
 }
@@ -356,6 +369,34 @@ mod tests {
         let (config, _) = postgres("dbname=a");
         assert_eq!(config.get_user(), Some("me"));
         assert_eq!(config.get_hosts(), [Host::Tcp("localhost".into())]);
+    }
+
+    #[test]
+    fn of_several_hosts_the_one_that_writes_is_meant_unless_it_is_said() {
+        use TargetSessionAttrs::{Any, ReadOnly, ReadWrite};
+        for (text, expected) in [
+            ("host=a", Any),
+            ("host=a target_session_attrs=read-write", ReadWrite),
+            ("host=a,b", ReadWrite),
+            (
+                "hostaddr=192.0.2.1,192.0.2.2 password='x target_session_attrs=any'",
+                ReadWrite,
+            ),
+            ("host=a,b target_session_attrs = any", Any),
+            ("host=a,b target_session_attrs='read-only'", ReadOnly),
+            ("postgres://u@a,b/d", ReadWrite),
+            (
+                "postgres://u@a:1,b:2/d?connect_timeout=3&target_session_attrs=any",
+                Any,
+            ),
+            ("postgres://u@a/d", Any),
+        ] {
+            assert_eq!(
+                postgres(text).0.get_target_session_attrs(),
+                expected,
+                "{text}"
+            );
+        }
     }
 
     #[test]

@@ -40,6 +40,8 @@ pub enum End {
 #[derive(Debug, Default)]
 struct Told {
     has_begun: AtomicBool,
+    /// A connection broke under it.
+    has_broken: AtomicBool,
     is_running: AtomicBool,
     end: OnceLock<End>,
 }
@@ -86,6 +88,12 @@ impl Teller {
 
     /// The connection broke: there may be another try on the next.
     pub fn broke(&self) {
+        self.0.has_broken.store(true, Ordering::Release);
+        self.0.is_running.store(false, Ordering::Release);
+    }
+
+    /// The store said that nothing of this try is committed. There may be another.
+    pub fn rolled_back(&self) {
         self.0.is_running.store(false, Ordering::Release);
     }
 
@@ -97,8 +105,11 @@ impl Teller {
 
 impl Drop for Teller {
     fn drop(&mut self) {
-        self.tell(match self.0.has_begun.load(Ordering::Acquire) {
-            true => End::Unknown,
+        let is_set = |flag: &AtomicBool| flag.load(Ordering::Acquire);
+        let is_cut_off = is_set(&self.0.has_broken) || is_set(&self.0.is_running);
+        self.tell(match is_set(&self.0.has_begun) {
+            true if is_cut_off => End::Unknown,
+            true => End::Nothing,
             false => End::NotBegun,
         });
     }
@@ -125,6 +136,15 @@ pub struct NotAppended {
 }
 
 impl NotAppended {
+    /// Of an append that could not begin.
+    pub fn not_begun(error: StoreError) -> NotAppended {
+        NotAppended {
+            is_away: error.is_outage(),
+            ending: Ending::over(End::NotBegun),
+            error,
+        }
+    }
+
     /// Of an append that nobody goes on with.
     pub fn over(error: StoreError) -> NotAppended {
         let end = match error {

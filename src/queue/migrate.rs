@@ -14,10 +14,16 @@ pub const SQLITE: &[Migration] = &[Migration {
     sql: include_str!("../../migrations/sqlite/0001_queue.sql"),
 }];
 
-pub const POSTGRES: &[Migration] = &[Migration {
-    version: 1,
-    sql: include_str!("../../migrations/postgres/0001_queue.sql"),
-}];
+pub const POSTGRES: &[Migration] = &[
+    Migration {
+        version: 1,
+        sql: include_str!("../../migrations/postgres/0001_queue.sql"),
+    },
+    Migration {
+        version: 2,
+        sql: include_str!("../../migrations/postgres/0002_instances.sql"),
+    },
+];
 
 /// What a store does about a schema that is not at this program's version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,6 +7,7 @@ pub mod batch;
 pub mod depth;
 pub mod doubts;
 pub mod health;
+pub mod heartbeat;
 pub mod migrate;
 pub mod mover;
 pub mod operate;
@@ -38,6 +39,9 @@ pub const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// Probes are looked for among so many rows: what that costs does not grow with the queue.
 pub const PROBE_ROWS_MAX: usize = 500;
+
+/// An instance that has not been heard of for so long is dead.
+pub const SILENCE: Duration = Duration::from_secs(10);
 
 /// Where requests wait. All durations count from the store's own clock, so that several
 /// instances on one store need not agree on the time.
@@ -114,6 +118,30 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`StoreError`].
     fn sample(&self) -> Result<Sample, StoreError>;
+
+    /// Whether other instances may serve it, too: then each has to [`beat`](Store::beat).
+    fn is_shared(&self) -> bool {
+        false
+    }
+
+    /// Tells the other instances that this one is there. What belongs to one that has not told so
+    /// for [`SILENCE`] is due again, and can no longer be settled by it, though it comes back; an
+    /// instance that has been silent itself meanwhile leaves that to others. Returns how many rows
+    /// that were.
+    ///
+    /// # Errors
+    /// [`StoreError`]; repeating it is safe.
+    fn beat(&self) -> Result<u64, StoreError> {
+        Ok(0)
+    }
+
+    /// Tells them that this one ends. What it still has leased is then due, as if it were dead.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then they take it for dead after a while.
+    fn leave(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
 }
 
 /// Rows by the attempts made so far: those that fail again and again must not keep others waiting.

@@ -5,40 +5,51 @@
 //! times are the server's.
 
 mod adopt;
+mod append;
 mod connections;
+mod errors;
+mod hosts;
 pub mod inspect;
+mod leases;
 mod operate;
 mod schema;
+mod session;
+mod settle;
 mod start;
 mod statements;
+mod stream;
 #[cfg(feature = "tls")]
 mod tls;
 mod tokens;
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+use ::postgres::Row;
 use ::postgres::types::{ToSql, Type};
-use ::postgres::{Client, Row};
 use uuid::Uuid;
 
 use super::doubts::{self, Broken, End, NotAppended};
 use super::migrate::{Policy, Step, Version};
 use super::{
     BATCH_BYTES_MAX, ByClass, Claim, Claimed, Class, Decision, Fate, NewRow, PROBE_ROWS_MAX, Probe,
-    Sample, Settled, Settlement, Spot, Store, StoreError,
+    SILENCE, Sample, Settled, Settlement, Spot, Store, StoreError,
 };
 use crate::config::PostgresServer;
 use crate::request::{Headers, Request};
 use crate::settle::{Failure, Verdict};
-use connections::{Connections, Fault, is_broken};
+use connections::Connections;
+use errors::{Fault, is_broken};
+use leases::Leases;
+use session::Session;
+use settle::Outcomes;
 use start::Start;
 use statements::{
-    APPEND, APPEND_DEAD, CLAIM, CLAIM_BY_TOKENS, CLAIM_BY_TOKENS_UNORDERED, CLAIM_UNORDERED,
-    PRESENT, PROBE, PROBE_ANYWHERE, PROBE_ANYWHERE_BY_TOKENS, PROBE_BY_TOKENS, PROBE_END,
-    PROBE_END_BY_TOKENS, PURGE, SAMPLE, SETTLE,
+    BEAT, CLAIM, CLAIM_BY_TOKENS, CLAIM_BY_TOKENS_UNORDERED, CLAIM_UNORDERED, GIVE_BACK_UNKNOWN,
+    LEAVE, PRESENT, PROBE, PROBE_ANYWHERE, PROBE_ANYWHERE_BY_TOKENS, PROBE_BY_TOKENS, PROBE_END,
+    PROBE_END_BY_TOKENS, PURGE, SAMPLE, TAKE_OVER,
 };
 
 /// The longest delay or lease: what is later may as well be then.
@@ -52,6 +63,7 @@ pub struct PostgresStore {
     connections: Connections,
     use_index: bool,
     starts: ByClass<Arc<Start>>,
+    leases: Leases,
     timeout: Duration,
     shared_rate: Option<Arc<AtomicU32>>,
 }
@@ -68,14 +80,24 @@ impl PostgresStore {
         timeout: Duration,
     ) -> PostgresStore {
         PostgresStore {
-            connections: Connections::new(server, max_connections, timeout),
+            connections: Connections::new(&server, max_connections, timeout),
             use_index,
             starts: ByClass {
                 fresh: Arc::default(),
                 retried: Arc::default(),
             },
+            leases: Leases::new(SILENCE),
             timeout,
             shared_rate: None,
+        }
+    }
+
+    /// Takes an instance for dead that has said nothing for so long.
+    #[must_use]
+    pub fn with_silence(self, silence: Duration) -> PostgresStore {
+        PostgresStore {
+            leases: Leases::new(silence),
+            ..self
         }
     }
 
@@ -107,7 +129,7 @@ impl PostgresStore {
     fn run<T: Send + 'static>(
         &self,
         timeout: Duration,
-        operation: impl Fn(&mut Client) -> Result<T, Fault> + Send + 'static,
+        operation: impl Fn(&mut Session) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, StoreError> {
         self.connections.run(timeout, operation, |_, _| Ok(()))
     }
@@ -117,70 +139,83 @@ impl PostgresStore {
         rate.map(|rate| rate.load(Ordering::Relaxed))
     }
 
-    /// Runs a claim; rows that come too late are released.
+    /// Runs a claim for this instance, and remembers what it leased. Rows that come too late are
+    /// released.
     fn claiming(
         &self,
-        operation: impl Fn(&mut Client) -> Result<Claim, Fault> + Send + 'static,
+        lease: Duration,
+        operation: impl Fn(&mut Session, Uuid) -> Result<Claim, Fault> + Send + 'static,
     ) -> Result<Claim, StoreError> {
-        self.connections
-            .run(self.timeout, operation, |client, unwanted| {
+        let _claiming = self.leases.claiming();
+        self.be_heard(self.timeout)?;
+        self.give_back_unknown()?;
+        let instance = self.leases.instance;
+        let until = end_of(lease);
+        let tries = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&tries);
+        let result = self.connections.run(
+            self.timeout,
+            move |session| {
+                counted.fetch_add(1, Ordering::Relaxed);
+                operation(session, instance)
+            },
+            move |session, unwanted| {
                 let mut outcomes = Outcomes::default();
                 for row in &unwanted.rows {
                     outcomes.add(row.request.id, to_i32(row.attempt), &Decision::Release);
                 }
-                outcomes.settle(client).map(drop)
-            })
-    }
-}
-
-/// Applies what is pending to a database, however long that takes; `timeout` is for connecting.
-///
-/// # Errors
-/// [`StoreError`]; nothing has changed then.
-pub fn migrate(server: &PostgresServer, timeout: Duration) -> Result<Vec<Step>, StoreError> {
-    let mut client = connections::connect(server, timeout)?;
-    schema::migrate(&mut client).map_err(connections::describe)
-}
-
-/// Reads the version of a database's schema, and changes nothing.
-///
-/// # Errors
-/// [`StoreError`].
-pub fn version(server: &PostgresServer, timeout: Duration) -> Result<Version, StoreError> {
-    let mut client = connections::connect(server, timeout)?;
-    schema::version(&mut client).map_err(connections::describe)
-}
-
-impl Store for PostgresStore {
-    fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
-        self.append_within(rows, self.timeout, Broken::Repeat)
-            .map_err(|not| not.error)
+                outcomes.settle(session, instance).map(drop)
+            },
+        );
+        if result.is_err() || tries.load(Ordering::Relaxed) > 1 {
+            self.leases.lost();
+        }
+        if let Ok(claim) = &result {
+            let rows = claim.rows.iter();
+            let leases = rows.map(|row| (row.request.id, row.attempt));
+            self.leases.hold(leases, until);
+        }
+        result
     }
 
-    fn append_within(
+    /// Tells that this instance is there. Returns whether another is not, as far as that can be told.
+    fn tell(&self, timeout: Duration) -> Result<bool, StoreError> {
+        let began = Instant::now();
+        let (instance, silence) = (self.leases.instance, self.leases.silence.as_secs_f64());
+        let is_any_silent = self.run(timeout, move |session| {
+            let parameters = [(&instance as _, Type::UUID), (&silence as _, Type::FLOAT8)];
+            Ok(session.query_typed_one(BEAT, &parameters)?.try_get(0)?)
+        })?;
+        Ok(self.leases.heard(began) && is_any_silent)
+    }
+
+    fn append_rows(
         &self,
         rows: &[NewRow],
         within: Duration,
         broken: Broken,
     ) -> Result<(), NotAppended> {
-        let rows = rows.to_vec();
+        let (instance, rows) = (self.leases.instance, rows.to_vec());
         let (teller, ending) = doubts::ending();
         let reached_again = Arc::new(AtomicBool::new(false));
         let is_reached = Arc::clone(&reached_again);
         let deadline = Instant::now() + within;
-        let tries = AtomicU32::new(0);
-        let result = self.run(within, move |client| {
-            if tries.fetch_add(1, Ordering::Relaxed) > 0 && broken == Broken::Tell {
+        let has_broken = AtomicBool::new(false);
+        let result = self.run(within, move |session| {
+            if has_broken.load(Ordering::Relaxed) && broken == Broken::Tell {
                 is_reached.store(true, Ordering::Release);
                 let why = "the connection broke before an answer";
                 return Err(Fault::Store(StoreError::Unavailable(why.into())));
             }
             teller.begin();
-            let result = append(client, &rows);
+            let result = append::append(session, &rows, instance);
             match &result {
                 Ok(()) => teller.tell(End::Committed),
-                Err(fault) if !is_broken(fault) => teller.tell(End::Nothing),
-                Err(_) => teller.broke(),
+                Err(fault) if is_broken(fault) => {
+                    has_broken.store(true, Ordering::Relaxed);
+                    teller.broke();
+                }
+                Err(_) => teller.rolled_back(),
             }
             result
         });
@@ -201,10 +236,96 @@ impl Store for PostgresStore {
         })
     }
 
+    /// Before anything is leased to it: whose leases are taken over has to be known.
+    fn be_heard(&self, timeout: Duration) -> Result<(), StoreError> {
+        match self.leases.must_beat(Instant::now()) {
+            true => self.tell(timeout).map(drop),
+            false => Ok(()),
+        }
+    }
+
+    /// Gives back what lost claims have leased to us, if there may be any.
+    fn give_back_unknown(&self) -> Result<(), StoreError> {
+        if !self.leases.must_look(Instant::now()) {
+            return Ok(());
+        }
+        let _not_appending = self.leases.not_appending();
+        let known = self.leases.known();
+        let instance = self.leases.instance;
+        let count = self.run(self.timeout, move |session| {
+            let parameters = [
+                (&instance as _, Type::UUID),
+                (&known as _, Type::UUID_ARRAY),
+            ];
+            count(&session.query_typed_one(GIVE_BACK_UNKNOWN, &parameters)?, 0)
+        })?;
+        self.leases.looked(Instant::now());
+        if count > 0 {
+            log::warn!(count; "gave back rows whose claim was never answered");
+        }
+        Ok(())
+    }
+}
+
+/// Applies what is pending to a database, however long that takes; `timeout` is for connecting.
+///
+/// # Errors
+/// [`StoreError`]; nothing has changed then.
+pub fn migrate(server: &PostgresServer, timeout: Duration) -> Result<Vec<Step>, StoreError> {
+    let mut link = connections::connect(server, timeout)?;
+    let session = &mut link.session;
+    let described = |result: Result<_, Fault>| result.map_err(errors::describe);
+    described(schema::server(session))?.require()?;
+    schema::migrate(session, true).map_err(errors::describe)
+}
+
+/// Reads the version of a database's schema, and changes nothing.
+///
+/// # Errors
+/// [`StoreError`].
+pub fn version(server: &PostgresServer, timeout: Duration) -> Result<Version, StoreError> {
+    let mut link = connections::connect(server, timeout)?;
+    let session = &mut link.session;
+    schema::server(session)
+        .map_err(errors::describe)?
+        .require()?;
+    schema::version(session).map_err(errors::describe)
+}
+
+impl Store for PostgresStore {
+    fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
+        self.append_within(rows, self.timeout, Broken::Repeat)
+            .map_err(|not| not.error)
+    }
+
+    fn append_within(
+        &self,
+        rows: &[NewRow],
+        within: Duration,
+        broken: Broken,
+    ) -> Result<(), NotAppended> {
+        let leased: Vec<_> = rows.iter().filter_map(leased).collect();
+        let longest = leased.iter().map(|(_, lease)| *lease).max();
+        let Some(longest) = longest else {
+            return self.append_rows(rows, within, broken);
+        };
+        let begun = Instant::now();
+        self.be_heard(within).map_err(NotAppended::not_begun)?;
+        let _appending = self.leases.appending();
+        let leases = leased.iter().map(|(lease, _)| *lease);
+        self.leases.hold(leases.clone(), end_of(longest));
+        let result = self.append_rows(rows, within.saturating_sub(begun.elapsed()), broken);
+        if result.is_err() {
+            self.leases.let_go(leases);
+            self.leases.lost();
+        }
+        result
+    }
+
     fn present(&self, ids: &[Uuid]) -> Result<HashSet<Uuid>, StoreError> {
         let ids = ids.to_vec();
-        self.run(self.timeout, move |client| {
-            let rows = client.query_typed(PRESENT, &[(&ids, Type::UUID_ARRAY)])?;
+        self.run(self.timeout, move |session| {
+            let rows = session.query_typed(PRESENT, &[(&ids, Type::UUID_ARRAY)])?;
             let ids = rows.iter().map(|row| row.try_get(0));
             Ok(ids.collect::<Result<_, _>>()?)
         })
@@ -219,13 +340,14 @@ impl Store for PostgresStore {
     ) -> Result<Claim, StoreError> {
         let start = self.use_index.then(|| Arc::clone(self.starts.of(class)));
         let shared_rate = self.shared_rate();
-        self.claiming(move |client| {
+        self.claiming(lease, move |session, instance| {
             claim(
-                client,
+                session,
                 class,
                 start.as_deref(),
                 shared_rate,
                 (limit, bytes_max, lease),
+                instance,
             )
         })
     }
@@ -243,113 +365,88 @@ impl Store for PostgresStore {
         let statement = *statements.of(wanted.class);
         let (limit, bytes_max) = (wanted.limit, wanted.bytes_max);
         let except = wanted.except.to_vec();
-        self.claiming(move |client| {
+        self.claiming(lease, move |session, instance| {
             let claimed = (limit, bytes_max, lease);
-            claim_probes(client, statement, shared_rate, claimed, &except)
+            claim_probes(session, statement, shared_rate, claimed, &except, instance)
         })
     }
 
     fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
-        let settlements = settlements.to_vec();
-        let tries = AtomicU32::new(0);
-        self.run(self.timeout, move |client| {
-            let is_repeat = tries.fetch_add(1, Ordering::Relaxed) > 0;
-            let settled = settle(client, &settlements)?;
+        let (instance, owned) = (self.leases.instance, settlements.to_vec());
+        let has_broken = AtomicBool::new(false);
+        let settled = self.run(self.timeout, move |session| {
+            let is_repeat = has_broken.load(Ordering::Relaxed);
+            let settled = settle::settle(session, &owned, instance);
+            if settled.as_ref().is_err_and(is_broken) {
+                has_broken.store(true, Ordering::Relaxed);
+            }
             Ok(Settled {
                 is_repeat,
-                ..settled
+                ..settled?
             })
-        })
+        })?;
+        let leases = settlements.iter();
+        self.leases
+            .let_go(leases.map(|settlement| (settlement.id, settlement.attempt)));
+        Ok(settled)
     }
 
     fn purge(&self, older_than: Duration, limit: usize) -> Result<u64, StoreError> {
-        self.run(self.timeout, move |client| purge(client, older_than, limit))
+        self.run(self.timeout, move |session| {
+            purge(session, older_than, limit)
+        })
     }
 
     fn sample(&self) -> Result<Sample, StoreError> {
         self.run(self.timeout, sample)
     }
-}
 
-fn append(client: &mut Client, rows: &[NewRow]) -> Result<(), Fault> {
-    let (mut due, mut dead) = (NewRows::default(), NewRows::default());
-    for row in rows {
-        match &row.fate {
-            Fate::Due { after, failure } => due.add(row, *after, failure.as_ref()),
-            Fate::Leased(lease) => due.add(row, *lease, None),
-            Fate::Dead(failure) => dead.add(row, Duration::ZERO, Some(failure)),
+    fn is_shared(&self) -> bool {
+        true
+    }
+
+    fn beat(&self) -> Result<u64, StoreError> {
+        if !self.tell(self.timeout)? {
+            return Ok(0);
         }
+        let silence = self.leases.silence.as_secs_f64();
+        self.run(self.timeout, move |session| {
+            let parameters = [(&silence as _, Type::FLOAT8)];
+            count(&session.query_typed_one(TAKE_OVER, &parameters)?, 0)
+        })
     }
-    match (due.ids.is_empty(), dead.ids.is_empty()) {
-        (_, true) => client.execute_typed(APPEND, &due.parameters())?,
-        (true, false) => client.execute_typed(APPEND_DEAD, &dead.parameters())?,
-        (false, false) => {
-            let mut transaction = client.transaction()?;
-            transaction.execute_typed(APPEND, &due.parameters())?;
-            transaction.execute_typed(APPEND_DEAD, &dead.parameters())?;
-            transaction.commit()?;
-            0
-        }
-    };
-    Ok(())
+
+    fn leave(&self) -> Result<(), StoreError> {
+        let (instance, has_leases) = (self.leases.instance, !self.leases.is_empty());
+        self.run(self.timeout, move |session| {
+            let parameters = [(&instance as _, Type::UUID), (&has_leases as _, Type::BOOL)];
+            session.execute_typed(LEAVE, &parameters)?;
+            Ok(())
+        })
+    }
 }
 
-/// New rows, one array for each column.
-#[derive(Default)]
-struct NewRows<'a> {
-    ids: Vec<Uuid>,
-    received_at: Vec<SystemTime>,
-    after: Vec<f64>,
-    attempts: Vec<i32>,
-    statuses: Vec<Option<i32>>,
-    errors: Vec<Option<String>>,
-    methods: Vec<&'a str>,
-    targets: Vec<&'a str>,
-    headers: Vec<&'a [u8]>,
-    bodies: Vec<&'a [u8]>,
-    leased: Vec<bool>,
+/// The lease with which a row is appended, if with one.
+fn leased(row: &NewRow) -> Option<((Uuid, u32), Duration)> {
+    match row.fate {
+        Fate::Leased(lease) => Some(((row.request.id, row.attempt), lease)),
+        Fate::Due { .. } | Fate::Dead(_) => None,
+    }
 }
 
-impl<'a> NewRows<'a> {
-    fn add(&mut self, row: &'a NewRow, after: Duration, failure: Option<&Failure>) {
-        let request = &row.request;
-        self.ids.push(request.id);
-        self.received_at.push(to_storable(request.received_at));
-        self.after.push(to_seconds(after));
-        self.attempts.push(to_i32(row.attempt));
-        self.statuses.push(failure.and_then(to_status));
-        self.errors.push(failure.map(to_text));
-        self.methods.push(&request.method);
-        self.targets.push(&request.target);
-        self.headers.push(request.headers.as_bytes());
-        self.bodies.push(&request.body);
-        self.leased.push(matches!(row.fate, Fate::Leased(_)));
-    }
-
-    fn parameters(&self) -> [Parameter<'_>; 11] {
-        [
-            (&self.ids, Type::UUID_ARRAY),
-            (&self.received_at, Type::TIMESTAMPTZ_ARRAY),
-            (&self.after, Type::FLOAT8_ARRAY),
-            (&self.attempts, Type::INT4_ARRAY),
-            (&self.statuses, Type::INT4_ARRAY),
-            (&self.errors, Type::TEXT_ARRAY),
-            (&self.methods, Type::TEXT_ARRAY),
-            (&self.targets, Type::TEXT_ARRAY),
-            (&self.headers, Type::BYTEA_ARRAY),
-            (&self.bodies, Type::BYTEA_ARRAY),
-            (&self.leased, Type::BOOL_ARRAY),
-        ]
-    }
+/// When a lease that begins now is over, or soon after.
+fn end_of(lease: Duration) -> Instant {
+    Instant::now() + lease.min(DELAY_MAX)
 }
 
 /// Claims in order from `start`; without one, as rows come. With a `shared_rate`, by its tokens.
 fn claim(
-    client: &mut Client,
+    session: &mut Session,
     class: Class,
     start: Option<&Start>,
     shared_rate: Option<u32>,
     (limit, bytes_max, lease): (usize, usize, Duration),
+    instance: Uuid,
 ) -> Result<Claim, Fault> {
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     // Nothing comes before the first, which is so taken in any case.
@@ -358,11 +455,12 @@ fn claim(
     let begun = Instant::now();
     let from = start.and_then(|start| start.get(begun));
     let rate = f64::from(shared_rate.unwrap_or_default());
-    let parameters: [Parameter<'_>; 5] = [
+    let parameters: [Parameter<'_>; 6] = [
         (&limit, Type::INT8),
         (&lease, Type::FLOAT8),
         (&bytes_max, Type::INT8),
         (&from, Type::TIMESTAMPTZ),
+        (&instance, Type::UUID),
         (&rate, Type::FLOAT8),
     ];
     let statements = match (shared_rate, start) {
@@ -373,47 +471,49 @@ fn claim(
     };
     let statement = statements.of(class);
     let (rows, held_back) = match shared_rate {
-        Some(_) => tokens::claim(client, statement, &parameters, limit, rate)?,
-        None => (client.query_typed(statement, &parameters[..4])?, None),
+        Some(_) => tokens::claim(session, statement, &parameters, limit, rate)?,
+        None => (session.query_typed(statement, &parameters[..5])?, None),
     };
     let last_due = rows.iter().filter_map(|row| row.try_get("due_at").ok());
     if let (Some(start), Some(last_due)) = (start, last_due.max()) {
         start.note(from, begun.elapsed(), last_due);
     }
-    let claim = sort_out(client, rows)?;
+    let claim = sort_out(session, rows, instance)?;
     Ok(Claim { held_back, ..claim })
 }
 
 /// Claims none of `except` with a statement of [`PROBE`] or one of its kind.
 fn claim_probes(
-    client: &mut Client,
+    session: &mut Session,
     statement: &str,
     shared_rate: Option<u32>,
     (limit, bytes_max, lease): (usize, usize, Duration),
     except: &[Uuid],
+    instance: Uuid,
 ) -> Result<Claim, Fault> {
     let to_i64 = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
     let rate = f64::from(shared_rate.unwrap_or_default());
-    let parameters: [Parameter<'_>; 7] = [
+    let parameters: [Parameter<'_>; 8] = [
         (&to_i64(limit), Type::INT8),
         (&to_seconds(lease), Type::FLOAT8),
         (&to_i64(bytes_max.max(1)), Type::INT8),
         (&None::<SystemTime>, Type::TIMESTAMPTZ),
+        (&instance, Type::UUID),
         (&rate, Type::FLOAT8),
         (&except, Type::UUID_ARRAY),
         // Those that are passed over count as well.
         (&to_i64(PROBE_ROWS_MAX + except.len()), Type::INT8),
     ];
     let (rows, held_back) = match shared_rate {
-        Some(_) => tokens::claim(client, statement, &parameters, to_i64(limit), rate)?,
-        None => (client.query_typed(statement, &parameters)?, None),
+        Some(_) => tokens::claim(session, statement, &parameters, to_i64(limit), rate)?,
+        None => (session.query_typed(statement, &parameters)?, None),
     };
-    let claim = sort_out(client, rows)?;
+    let claim = sort_out(session, rows, instance)?;
     Ok(Claim { held_back, ..claim })
 }
 
 /// Reads claimed rows; buries those that cannot be read.
-fn sort_out(client: &mut Client, rows: Vec<Row>) -> Result<Claim, Fault> {
+fn sort_out(session: &mut Session, rows: Vec<Row>, instance: Uuid) -> Result<Claim, Fault> {
     let mut claimed = Vec::with_capacity(rows.len());
     let mut unreadable = Outcomes::default();
     for row in rows {
@@ -432,7 +532,7 @@ fn sort_out(client: &mut Client, rows: Vec<Row>) -> Result<Claim, Fault> {
     let buried = if unreadable.is_empty() {
         0
     } else {
-        unreadable.settle(client)?.buried
+        unreadable.settle(session, instance)?.buried
     };
     // The order in which an UPDATE returns its rows is not defined.
     claimed.sort_by_key(|(due_at, row)| (*due_at, row.request.id));
@@ -466,97 +566,10 @@ fn read(row: &Row) -> Result<Claimed, String> {
     }
 }
 
-fn settle(client: &mut Client, settlements: &[Settlement]) -> Result<Settled, Fault> {
-    let mut outcomes = Outcomes::default();
-    for settlement in settlements {
-        outcomes.add(
-            settlement.id,
-            to_i32(settlement.attempt),
-            &settlement.decision,
-        );
-    }
-    let mut settled = outcomes.settle(client)?;
-    let changed = settled.delivered + settled.later + settled.buried + settled.released;
-    settled.stale = (settlements.len() as u64).saturating_sub(changed);
-    Ok(settled)
-}
-
-/// Settlements, sorted by what they do to the row, one array for each column.
-#[derive(Default)]
-struct Outcomes {
-    named: std::collections::HashSet<(Uuid, i32)>,
-    delivered: (Vec<Uuid>, Vec<i32>),
-    later: (Vec<Uuid>, Vec<i32>),
-    later_after: Vec<f64>,
-    later_failures: (Vec<Option<i32>>, Vec<String>),
-    buried: (Vec<Uuid>, Vec<i32>),
-    buried_failures: (Vec<Option<i32>>, Vec<String>),
-    released: (Vec<Uuid>, Vec<i32>),
-}
-
-impl Outcomes {
-    /// Takes a settlement, unless one before it names the same lease.
-    fn add(&mut self, id: Uuid, attempt: i32, decision: &Decision) {
-        if !self.named.insert((id, attempt)) {
-            return;
-        }
-        let (ids, attempts) = match decision {
-            Decision::Attempted(Verdict::Delivered) => &mut self.delivered,
-            Decision::Attempted(Verdict::Later { after, failure }) => {
-                self.later_after.push(to_seconds(*after));
-                self.later_failures.0.push(to_status(failure));
-                self.later_failures.1.push(to_text(failure));
-                &mut self.later
-            }
-            Decision::Attempted(Verdict::Bury(failure)) => {
-                self.buried_failures.0.push(to_status(failure));
-                self.buried_failures.1.push(to_text(failure));
-                &mut self.buried
-            }
-            Decision::Release => &mut self.released,
-        };
-        ids.push(id);
-        attempts.push(attempt);
-    }
-
-    fn is_empty(&self) -> bool {
-        self.named.is_empty()
-    }
-
-    /// Counts the rows changed; `stale` is not known here.
-    fn settle(&self, client: &mut Client) -> Result<Settled, Fault> {
-        let row = client.query_typed_one(
-            SETTLE,
-            &[
-                (&self.delivered.0, Type::UUID_ARRAY),
-                (&self.delivered.1, Type::INT4_ARRAY),
-                (&self.later.0, Type::UUID_ARRAY),
-                (&self.later.1, Type::INT4_ARRAY),
-                (&self.later_after, Type::FLOAT8_ARRAY),
-                (&self.later_failures.0, Type::INT4_ARRAY),
-                (&self.later_failures.1, Type::TEXT_ARRAY),
-                (&self.buried.0, Type::UUID_ARRAY),
-                (&self.buried.1, Type::INT4_ARRAY),
-                (&self.buried_failures.0, Type::INT4_ARRAY),
-                (&self.buried_failures.1, Type::TEXT_ARRAY),
-                (&self.released.0, Type::UUID_ARRAY),
-                (&self.released.1, Type::INT4_ARRAY),
-            ],
-        )?;
-        Ok(Settled {
-            delivered: count(&row, 0)?,
-            later: count(&row, 1)?,
-            buried: count(&row, 2)?,
-            released: count(&row, 3)?,
-            ..Settled::default()
-        })
-    }
-}
-
-fn purge(client: &mut Client, older_than: Duration, limit: usize) -> Result<u64, Fault> {
+fn purge(session: &mut Session, older_than: Duration, limit: usize) -> Result<u64, Fault> {
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     let bytes_max = i64::try_from(BATCH_BYTES_MAX).unwrap_or(i64::MAX);
-    let purged = client.execute_typed(
+    let purged = session.execute_typed(
         PURGE,
         &[
             (&limit, Type::INT8),
@@ -567,8 +580,8 @@ fn purge(client: &mut Client, older_than: Duration, limit: usize) -> Result<u64,
     Ok(purged)
 }
 
-fn sample(client: &mut Client) -> Result<Sample, Fault> {
-    let row = client.query_typed_one(SAMPLE, &[])?;
+fn sample(session: &mut Session) -> Result<Sample, Fault> {
+    let row = session.query_typed_one(SAMPLE, &[])?;
     let (all, leased) = (count(&row, 0)?, count(&row, 1)?);
     let oldest_ms: Option<i64> = row.try_get(3)?;
     Ok(Sample {

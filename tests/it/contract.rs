@@ -29,6 +29,8 @@ pub const LEASE: Duration = Duration::from_secs(600);
 const SHORT_LEASE: Duration = Duration::from_millis(50);
 pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const TIMEOUT: Duration = Duration::from_secs(30);
+/// After which an instance is taken for dead here.
+const SILENCE: Duration = Duration::from_millis(300);
 
 /// What a query returns, as text; `None`: NULL.
 pub type Rows = Vec<Vec<Option<String>>>;
@@ -139,7 +141,8 @@ impl Bench {
         Bench {
             open: Box::new(move || {
                 let config = url.parse().unwrap();
-                Arc::new(adapt(PostgresStore::new(config, 5, is_ordered, TIMEOUT)))
+                let store = PostgresStore::new(config, 5, is_ordered, TIMEOUT);
+                Arc::new(adapt(store.with_silence(SILENCE)))
             }),
             sql: Box::new(move |sql| sql_client.borrow_mut().batch_execute(sql).unwrap()),
             query: Box::new(move |sql| texts_of_postgres(&mut query_client.borrow_mut(), sql)),
@@ -254,6 +257,10 @@ contract!(
     fields_that_are_never_forwarded_are_left_out_of_rows,
     rows_survive_reopening,
     two_stores_share_one_queue,
+    what_a_silent_instance_has_leased_is_taken_over_and_no_longer_its,
+    an_instance_that_beats_keeps_what_it_has_leased,
+    one_that_leaves_hands_on_what_it_has_leased,
+    a_schema_that_goes_meanwhile_is_made_again,
     a_newer_schema_is_refused,
 );
 
@@ -529,7 +536,7 @@ fn classes_are_claimed_apart(bench: &Bench) {
         .collect();
     store.append(&rows).unwrap();
     let claim = |class| {
-        let claim = store.claim(class, 10, usize::MAX, SHORT_LEASE).unwrap();
+        let claim = store.claim(class, 10, usize::MAX, LEASE).unwrap();
         let mut attempts: Vec<_> = claim.rows.iter().map(|row| row.attempt).collect();
         attempts.sort_unstable();
         attempts
@@ -538,7 +545,10 @@ fn classes_are_claimed_apart(bench: &Bench) {
     assert_eq!(claim(Class::Fresh), [1, 2]);
     assert!(claim(Class::Retried).is_empty() && claim(Class::Fresh).is_empty());
     // The attempt that was claimed has made one of them leave the first class.
-    std::thread::sleep(2 * SHORT_LEASE);
+    (bench.sql)(&format!(
+        "UPDATE proxy_requests SET next_attempt_at = {}",
+        bench.dialect.now()
+    ));
     assert_eq!(claim(Class::Fresh), [2]);
     assert_eq!(claim(Class::Retried), [3, 4, 5, 6]);
     assert_eq!(store.sample().unwrap().leased, 5);
@@ -1029,7 +1039,9 @@ fn rows_survive_reopening(bench: &Bench) {
     assert_eq!(counts(&*store), (1, 1, 0));
     assert_eq!(claim(&*store, 10)[0].request.id, waiting);
     assert_eq!(row.request.id, leased);
-    assert_eq!(store.settle(&[delivered(&row)]).unwrap().delivered, 1);
+    // The lease is that of the instance that was there before.
+    assert_eq!(store.settle(&[delivered(&row)]), Ok(STALE));
+    assert_eq!(counts(&*store), (0, 2, 0));
 }
 
 fn two_stores_share_one_queue(bench: &Bench) {
@@ -1038,8 +1050,152 @@ fn two_stores_share_one_queue(bench: &Bench) {
     let row = claim(&*other, 1).pop().unwrap();
     assert_eq!(row.request.id, id);
     assert!(claim(&*one, 1).is_empty());
-    assert_eq!(one.settle(&[delivered(&row)]).unwrap().delivered, 1);
+    if one.is_shared() {
+        // A lease names its instance.
+        assert_eq!(one.settle(&[delivered(&row)]), Ok(STALE));
+    }
+    assert_eq!(other.settle(&[delivered(&row)]).unwrap().delivered, 1);
     assert_eq!(other.settle(&[delivered(&row)]), Ok(STALE));
+}
+
+/// Beats until something is taken over from an instance that does not.
+fn take_over(store: &dyn Store) -> u64 {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let taken = store.beat().unwrap();
+        if taken > 0 {
+            return taken;
+        }
+        assert!(Instant::now() < deadline, "nothing was taken over");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn what_a_silent_instance_has_leased_is_taken_over_and_no_longer_its(bench: &Bench) {
+    let (silent, other) = (bench.open(), bench.open());
+    if !silent.is_shared() {
+        assert_eq!((silent.beat(), other.beat()), (Ok(0), Ok(0)));
+        return;
+    }
+    let ids: HashSet<_> = (0..3).map(|_| append_one(&*silent)).collect();
+    let fresh = claim(&*silent, 1).pop().unwrap();
+    // Of either class.
+    let retried = settlement(&fresh, Decision::Release);
+    silent.settle(&[retried]).unwrap();
+    (bench.sql)(&format!(
+        "UPDATE proxy_requests SET attempt = 7 WHERE id = {}",
+        bench.dialect.id(fresh.request.id)
+    ));
+    let mut leased = claim(&*silent, 10);
+    let claimed = silent.claim(Class::Retried, 10, usize::MAX, LEASE);
+    leased.extend(claimed.unwrap().rows);
+    silent
+        .append(&[NewRow {
+            attempt: 1,
+            fate: Fate::Leased(LEASE),
+            ..row(request(b"leased as it came"))
+        }])
+        .unwrap();
+    assert_eq!(counts(&*other), (0, 4, 0));
+    assert_eq!(take_over(&*other), 4);
+    assert_eq!(counts(&*other), (4, 0, 0));
+    let all_kinds = |row: &Claimed| [delivered(row), later(row, LEASE), bury(row), release(row)];
+    for late in leased.iter().flat_map(all_kinds) {
+        assert_eq!(silent.settle(&[late]), Ok(STALE), "before the next claim");
+    }
+    let mut again = claim_all(&*other);
+    assert_eq!(again.len(), 4);
+    for late in leased.iter().flat_map(all_kinds) {
+        assert_eq!(silent.settle(&[late]), Ok(STALE), "after it");
+    }
+    again.retain(|row| ids.contains(&row.request.id));
+    for row in &again {
+        let before = leased.iter().find(|old| old.request.id == row.request.id);
+        assert_eq!(
+            row.attempt,
+            before.unwrap().attempt + 1,
+            "may have been made"
+        );
+    }
+    let settled = other.settle(&again.iter().map(delivered).collect::<Vec<_>>());
+    assert_eq!(settled.unwrap().delivered, 3);
+}
+
+fn claim_all(store: &dyn Store) -> Vec<Claimed> {
+    let mut rows = claim(store, 10);
+    let retried = store.claim(Class::Retried, 10, usize::MAX, LEASE);
+    rows.extend(retried.unwrap().rows);
+    rows
+}
+
+fn an_instance_that_beats_keeps_what_it_has_leased(bench: &Bench) {
+    let (one, other) = (bench.open(), bench.open());
+    append_one(&*one);
+    let row = claim(&*one, 1).pop().unwrap();
+    let until = Instant::now() + 4 * SILENCE;
+    while Instant::now() < until {
+        assert_eq!((one.beat(), other.beat()), (Ok(0), Ok(0)));
+        std::thread::sleep(SILENCE / 50);
+    }
+    assert_eq!(one.settle(&[delivered(&row)]).unwrap().delivered, 1);
+}
+
+fn one_that_leaves_hands_on_what_it_has_leased(bench: &Bench) {
+    let (one, other) = (bench.open(), bench.open());
+    if !one.is_shared() {
+        assert_eq!(one.leave(), Ok(()));
+        return;
+    }
+    append_one(&*one);
+    let row = claim(&*one, 1).pop().unwrap();
+    assert_eq!(one.leave(), Ok(()));
+    assert_eq!(take_over(&*other), 1);
+    let again = claim(&*other, 1).pop().unwrap();
+    assert_eq!(again.request.id, row.request.id);
+    other.settle(&[delivered(&again)]).unwrap();
+    assert_eq!(other.leave(), Ok(()));
+    let left = (bench.query)("SELECT count(*) FROM proxy_instances WHERE last_seen > '-infinity'");
+    assert_eq!(left, [[Some("0".to_owned())]]);
+}
+
+/// As a dump that was taken before is restored: each operation finds its way back to work.
+fn a_schema_that_goes_meanwhile_is_made_again(bench: &Bench) {
+    if bench.dialect == Dialect::Sqlite {
+        // Its file is its own.
+        return;
+    }
+    let store = bench.open();
+    let all = "proxy_requests, proxy_dead_letters, proxy_rate, proxy_pause, proxy_instances";
+    for gone in [
+        format!("DROP TABLE {all}, asyncproxy_migrations"),
+        format!("DROP TABLE {all}"),
+        "DROP TABLE proxy_requests".to_owned(),
+        "DROP TABLE proxy_dead_letters, proxy_pause".to_owned(),
+        "DROP TABLE proxy_instances".to_owned(),
+        // The schema of version 1.
+        "DROP TABLE proxy_instances; ALTER TABLE proxy_requests DROP COLUMN leased_by;
+         DELETE FROM asyncproxy_migrations WHERE version > 1"
+            .to_owned(),
+    ] {
+        append_one(&*store);
+        (bench.sql)(&gone);
+        let dead = NewRow {
+            fate: Fate::Dead(failure("dead")),
+            ..row(request(b"dead"))
+        };
+        assert_eq!(
+            store.append(&[row(request(b"due")), dead]),
+            Ok(()),
+            "{gone}"
+        );
+        assert_eq!(store.beat(), Ok(0), "{gone}");
+        let rows = claim_all(&*store);
+        assert!(!rows.is_empty(), "{gone}");
+        let settlements: Vec<_> = rows.iter().map(delivered).collect();
+        let settled = store.settle(&settlements).unwrap();
+        assert_eq!(settled.delivered, rows.len() as u64, "{gone}");
+        assert!(store.sample().unwrap().dead >= 1, "{gone}");
+    }
 }
 
 fn a_newer_schema_is_refused(bench: &Bench) {

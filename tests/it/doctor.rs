@@ -6,9 +6,10 @@ use std::os::unix::fs::PermissionsExt;
 
 use serde_json::Value;
 
+use crate::support::dedicated::DedicatedCluster;
 use crate::support::destination::Destination;
 use crate::support::pgbouncer::Pgbouncer;
-use crate::support::postgres::cluster;
+use crate::support::postgres::{TestDb, cluster};
 use crate::support::proxy::Setup;
 
 /// Exit status and findings.
@@ -186,7 +187,7 @@ fn postgres_is_looked_at() {
     for (about, part) in [
         ("db.connection_string", "connected in"),
         ("db.connection_string", "PostgreSQL 1"),
-        ("db.connection_string", "the schema has version 1"),
+        ("db.connection_string", "the schema has version 2"),
         ("db.max_connections", "free"),
         ("pooler", "none"),
         ("old snapshots", "none"),
@@ -241,6 +242,111 @@ fn a_user_without_rights_is_told_what_it_cannot_see() {
     other
         .batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}"))
         .expect("drop");
+}
+
+/// `user` in the connection string of a database.
+fn as_role(database: &TestDb, role: &str) -> Setup {
+    let connection = database.url().replace("test@", &format!("{role}@"));
+    Setup::new("http://127.0.0.1:1").set("db.connection_string", connection)
+}
+
+/// What each of them is told to do works.
+#[test]
+fn a_role_that_may_not_do_what_is_needed_is_an_error_that_says_what_to_grant() {
+    let database = cluster().database();
+    let mut owner = database.client();
+    let role = "doctor_rights";
+    let create = format!("CREATE ROLE {role} LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC");
+    owner.batch_execute(&create).expect(&create);
+    let setup = as_role(&database, role);
+    let report = examine(&setup, &[]);
+    assert_eq!(
+        report.level("rights", "may make none in the schema public"),
+        "error"
+    );
+    assert_eq!(report.0, 1);
+    // The start and the command say it, too.
+    let migrate = setup.command().arg("migrate").output().expect("run");
+    let told = String::from_utf8_lossy(&migrate.stderr).into_owned();
+    assert!(
+        told.contains("asyncproxy doctor tells what is missing"),
+        "{told}"
+    );
+    let own = as_role(&database, "test").command().arg("migrate").status();
+    assert!(own.expect("run").success());
+    let grant = format!("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}");
+    owner.batch_execute(&grant).expect(&grant);
+    let report = examine(&setup, &[]);
+    for missing in [
+        "INSERT ON proxy_requests",
+        "UPDATE ON proxy_requests",
+        "DELETE ON proxy_dead_letters",
+    ] {
+        assert_eq!(report.level("rights", missing), "error");
+    }
+    assert_eq!(report.0, 1);
+    let grant = format!("GRANT INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}");
+    owner.batch_execute(&grant).expect(&grant);
+    let report = examine(&setup, &[]);
+    assert_eq!(report.level("rights", "has all that is needed"), "ok");
+    // A version that is still to be applied needs the owner.
+    let older = "DROP TABLE proxy_instances; DELETE FROM asyncproxy_migrations WHERE version = 2;
+                 GRANT CREATE ON SCHEMA public TO PUBLIC";
+    owner.batch_execute(older).expect(older);
+    let report = examine(&setup, &[]);
+    assert_eq!(report.level("rights", "does not own them"), "error");
+    owner
+        .batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}"))
+        .expect("drop");
+}
+
+#[test]
+fn a_server_that_takes_no_writes_is_an_error() {
+    let mut primary = DedicatedCluster::create();
+    primary.start();
+    let migrated = Setup::new("http://127.0.0.1:1").set("db.connection_string", primary.url());
+    let done = migrated.command().arg("migrate").status();
+    assert!(done.expect("run").success());
+    let mut standby = DedicatedCluster::standby_of(&primary);
+    standby.start();
+    let setup = Setup::new("http://127.0.0.1:1").set("db.connection_string", standby.url());
+    let report = examine(&setup, &[]);
+    assert_eq!(
+        report.level("db.connection_string", "is a standby"),
+        "error"
+    );
+    assert_eq!(report.0, 1);
+    let proxy = setup.start();
+    let line = proxy.wait_for_log("store does not work");
+    assert!(line.contains("name the primary"), "{line}");
+    proxy.stop();
+
+    let database = cluster().database();
+    let mut client = database.client();
+    for (setting, about, part, level) in [
+        (
+            "default_transaction_read_only = on",
+            "db.connection_string",
+            "read-only by default",
+            "error",
+        ),
+        (
+            "default_transaction_isolation = 'serializable'",
+            "default isolation",
+            "serializable",
+            "warning",
+        ),
+    ] {
+        let set = format!("ALTER DATABASE {} SET {setting}", database.name());
+        client.batch_execute(&set).expect(&set);
+        let report = examine(&as_role(&database, "test"), &[]);
+        assert_eq!(report.level(about, part), level);
+        let reset = format!(
+            "SET default_transaction_read_only = off; ALTER DATABASE {} RESET ALL",
+            database.name()
+        );
+        client.batch_execute(&reset).expect(&reset);
+    }
 }
 
 #[test]

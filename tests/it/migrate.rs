@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use asyncproxy::queue::migrate::{POSTGRES, SQLITE};
 use serde_json::{Value, json};
 
 use crate::adopt;
@@ -37,18 +38,38 @@ fn printed(status: i32, text: &str) -> (i32, String, String) {
     (status, text.to_owned(), String::new())
 }
 
+const APPLIED: &str = "applied version {}\n";
+
+/// The version that the program wants there.
+fn latest(setup: &Setup) -> usize {
+    match setup.get("db.connection_string").starts_with("sqlite:") {
+        true => SQLITE.len(),
+        false => POSTGRES.len(),
+    }
+}
+
+/// A line for each version.
+fn each(setup: &Setup, line: &str) -> String {
+    let versions = 1..=latest(setup);
+    versions
+        .map(|version| line.replace("{}", &version.to_string()))
+        .collect()
+}
+
 #[test]
 fn applies_what_is_pending_once() {
     on_each_store("http://127.0.0.1:1", |setup| {
-        let pending = printed(1, "version 1: pending\n");
+        let pending = printed(1, &each(&setup, "version {}: pending\n"));
         // Asking changes nothing.
         assert_eq!(run(&setup, &["--status"]), pending);
         assert_eq!(run(&setup, &["--status"]), pending);
         assert!(!setup.path("queue.sqlite").exists());
-        assert_eq!(run(&setup, &[]), printed(0, "applied version 1\n"));
-        let applied = printed(0, "version 1: applied\n");
+        assert_eq!(run(&setup, &[]), printed(0, &each(&setup, APPLIED)));
+        let applied = printed(0, &each(&setup, "version {}: applied\n"));
         assert_eq!(run(&setup, &["--status"]), applied);
-        let nothing = printed(0, "nothing to do: the schema has version 1\n");
+        let latest = latest(&setup);
+        let nothing = format!("nothing to do: the schema has version {latest}\n");
+        let nothing = printed(0, &nothing);
         assert_eq!(run(&setup, &[]), nothing);
         assert_eq!(store::rows(&setup), 0);
     });
@@ -60,11 +81,17 @@ fn says_it_in_json() {
         let json = |arguments: &[&str]| -> Value {
             serde_json::from_str(&run(&setup, arguments).1).expect("JSON")
         };
-        let pending = json!({ "applied": [], "pending": [1], "wanted": 1 });
+        let latest = latest(&setup);
+        let all: Vec<usize> = (1..=latest).collect();
+        let pending = json!({ "applied": [], "pending": all, "wanted": latest });
         assert_eq!(json(&["--status", "--json"]), pending);
-        let steps = json!([{ "version": 1, "taken_over": null }]);
-        assert_eq!(json(&["--json"]), json!({ "applied": steps, "version": 1 }));
-        let applied = json!({ "applied": [1], "pending": [], "wanted": 1 });
+        let step = |version| json!({ "version": version, "taken_over": null });
+        let steps: Vec<Value> = all.iter().map(step).collect();
+        assert_eq!(
+            json(&["--json"]),
+            json!({ "applied": steps, "version": latest })
+        );
+        let applied = json!({ "applied": all, "pending": [], "wanted": latest });
         assert_eq!(json(&["--json", "--status"]), applied);
     });
 }
@@ -93,13 +120,16 @@ fn status_leaves_nothing_beside_a_file_in_use_or_not() {
 fn a_newer_schema_is_left_to_the_newer_program() {
     on_each_store("http://127.0.0.1:1", |setup| {
         assert_eq!(run(&setup, &[]).0, 0);
-        let newer = "INSERT INTO asyncproxy_migrations (version, applied_at) \
-                     SELECT 2, applied_at FROM asyncproxy_migrations";
-        store::execute(&setup, newer);
+        let version = latest(&setup) + 1;
+        let newer = format!(
+            "INSERT INTO asyncproxy_migrations (version, applied_at) \
+             SELECT {version}, min(applied_at) FROM asyncproxy_migrations"
+        );
+        store::execute(&setup, &newer);
         let (status, told, _) = run(&setup, &["--status"]);
         assert_eq!(status, 1);
         assert!(
-            told.contains("version 2: applied by a newer program"),
+            told.contains(&format!("version {version}: applied by a newer program")),
             "{told}"
         );
         let (status, told, error) = run(&setup, &[]);
@@ -128,7 +158,9 @@ fn without_leave_to_migrate_the_program_waits_for_someone_who_does() {
         let setup = setup.set("db.migrate", false);
         let seen_before = destination.seen().len();
         let proxy = setup.start();
-        let wanted = "it has version 0, this program wants 1: run asyncproxy migrate";
+        let latest = latest(&setup);
+        let wanted =
+            &format!("it has version 0, this program wants {latest}: run asyncproxy migrate");
         let line = proxy.wait_for_log("store does not work");
         assert!(line.contains(wanted), "{line}");
         wait_until("/readyz to tell", || {
@@ -142,7 +174,7 @@ fn without_leave_to_migrate_the_program_waits_for_someone_who_does() {
         proxy.accept(0..3);
         wait_until("delivery", || destination.seen().len() == seen_before + 3);
         assert_eq!(run(&setup, &["--status"]).0, 1);
-        assert_eq!(run(&setup, &[]), printed(0, "applied version 1\n"));
+        assert_eq!(run(&setup, &[]), printed(0, &each(&setup, APPLIED)));
         proxy.wait_for_store();
         wait_until("/readyz to be content", || {
             http::get(proxy.control, "/readyz").text() == "ok\n"
@@ -167,7 +199,7 @@ fn the_spool_takes_what_the_store_must_wait_for() {
     metrics::wait_for(&proxy, "the spool", |now| {
         now.get("asyncproxy_spool_rows") == 5.0
     });
-    assert_eq!(run(&setup, &[]), printed(0, "applied version 1\n"));
+    assert_eq!(run(&setup, &[]), printed(0, &each(&setup, APPLIED)));
     destination.wait_for_numbers(5, PATIENCE);
     proxy.stop();
     assert_eq!(store::rows(&setup), 0);
@@ -184,7 +216,10 @@ fn the_go_programs_queue_is_taken_over_by_migrate_only() {
     let (status, told, _) = run(&setup, &[]);
     let taken_over =
         "applied version 1, took over the queue of the Go program: 3 waiting, 2 dead letters\n";
-    assert_eq!((status, &*told), (0, taken_over));
+    let rest: String = (2..=latest(&setup))
+        .map(|version| format!("applied version {version}\n"))
+        .collect();
+    assert_eq!((status, told), (0, format!("{taken_over}{rest}")));
     wait_until("its requests", || destination.seen().len() == 3);
     proxy.stop();
 }

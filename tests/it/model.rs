@@ -3,7 +3,7 @@
 //!
 //! What fails is shrunk, printed and kept in `tests/proptest-regressions`, to be tried first.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -83,6 +83,8 @@ enum Operation {
     TimePasses(Vec<u8>),
     /// And a new start.
     Crash,
+    /// Those that crashed have been silent for so long that they are dead.
+    TakeOver,
 }
 
 #[derive(Debug, Clone)]
@@ -132,6 +134,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         5 => vec(settle(), 0..5).prop_map(Operation::Settle),
         3 => vec(0..SLOTS, 0..5).prop_map(Operation::TimePasses),
         1 => Just(Operation::Crash),
+        1 => Just(Operation::TakeOver),
     ]
 }
 
@@ -237,8 +240,28 @@ impl Pair<'_> {
                 self.store = self.bench.open();
                 self.model.crash(self.bench.dialect);
             }
+            Operation::TakeOver => self.take_over(),
         }
         self.compare(operation)
+    }
+
+    fn take_over(&mut self) {
+        if !self.store.is_shared() {
+            return;
+        }
+        let silent = "UPDATE proxy_instances SET last_seen = '-infinity'";
+        self.store.beat().unwrap();
+        (self.bench.sql)(silent);
+        // This one is heard of again, and forgets the others once it may judge them.
+        let alone = [[Some("1".to_owned())]];
+        loop {
+            self.store.beat().unwrap();
+            if (self.bench.query)("SELECT count(*) FROM proxy_instances") == alone {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.model.take_over();
     }
 
     fn stamp(&mut self) -> String {
@@ -370,6 +393,8 @@ impl Pair<'_> {
 struct Model {
     rows: BTreeMap<Uuid, Row>,
     dead: BTreeMap<Uuid, Dead>,
+    /// Rows leased by programs that have crashed.
+    anothers: BTreeSet<Uuid>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -435,6 +460,7 @@ impl Model {
             row
         );
         let row = row.unwrap();
+        self.anothers.remove(&claimed.request.id);
         row.attempt += 1;
         row.is_leased = true;
         row.is_due = false;
@@ -456,7 +482,9 @@ impl Model {
         let Settlement { id, attempt, .. } = settlement;
         let row = self.rows.get_mut(id);
         // A lease that is over is still its holder's until someone else claims the row.
-        let Some(row) = row.filter(|row| row.is_leased && row.attempt == *attempt) else {
+        let is_anothers = self.anothers.contains(id);
+        let is_ours = |row: &&mut Row| row.is_leased && !is_anothers && row.attempt == *attempt;
+        let Some(row) = row.filter(is_ours) else {
             return &mut count.stale;
         };
         row.is_leased = false;
@@ -493,14 +521,28 @@ impl Model {
     }
 
     fn crash(&mut self, dialect: Dialect) {
-        // The next program takes over what the last one had leased; with Postgres, another may
-        // be at it.
-        if dialect == Dialect::Sqlite {
-            for row in self.rows.values_mut().filter(|row| row.is_leased) {
+        // The next program takes over what the last one had leased; with Postgres, not before
+        // that has been silent for a while.
+        for (id, row) in self.rows.iter_mut().filter(|(_, row)| row.is_leased) {
+            if dialect == Dialect::Sqlite {
+                row.is_leased = false;
+                row.is_due = true;
+            } else {
+                self.anothers.insert(*id);
+            }
+        }
+    }
+
+    /// All that crashed is found to be dead. What was due already stays where it is.
+    fn take_over(&mut self) {
+        for id in &self.anothers {
+            let row = self.rows.get_mut(id);
+            if let Some(row) = row.filter(|row| row.is_leased && !row.is_due) {
                 row.is_leased = false;
                 row.is_due = true;
             }
         }
+        // Of the others the lease is over: it is nobody's any more.
     }
 
     /// (waiting, leased, dead)

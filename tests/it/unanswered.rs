@@ -13,7 +13,9 @@ use asyncproxy::queue::health::StoreHealth;
 use asyncproxy::queue::poller::Wake;
 use asyncproxy::queue::settler::Settler;
 use asyncproxy::queue::writer::{Place, Writer};
-use asyncproxy::queue::{Claim, Class, NewRow, Sample, Settled, Settlement, Store, StoreError};
+use asyncproxy::queue::{
+    Claim, Class, NewRow, Probe, Sample, Settled, Settlement, Store, StoreError,
+};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use uuid::Uuid;
 
@@ -61,6 +63,10 @@ impl Store for Mute {
         lease: Duration,
     ) -> Result<Claim, StoreError> {
         self.store.claim(class, limit, bytes_max, lease)
+    }
+
+    fn claim_probes(&self, wanted: &Probe<'_>, lease: Duration) -> Result<Claim, StoreError> {
+        self.store.claim_probes(wanted, lease)
     }
 
     fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
@@ -163,6 +169,10 @@ impl Store for Hung {
     }
 
     fn claim(&self, _: Class, _: usize, _: usize, _: Duration) -> Result<Claim, StoreError> {
+        unreachable!("nobody claims");
+    }
+
+    fn claim_probes(&self, _: &Probe<'_>, _: Duration) -> Result<Claim, StoreError> {
         unreachable!("nobody claims");
     }
 

@@ -6,8 +6,9 @@ use super::file::schema;
 use super::{Finding, size};
 use crate::config::{Config, PostgresServer};
 use crate::queue::StoreError;
+use crate::queue::migrate::Policy;
 use crate::queue::postgres::inspect::{
-    Fact, Holder, Observation, Pooling, Server, Snapshot, Table, inspect,
+    Fact, Holder, Observation, Pooling, Rights, Server, Snapshot, Table, inspect,
 };
 use crate::status::about;
 
@@ -46,6 +47,7 @@ fn judge(observation: Observation, config: &Config) -> Vec<Finding> {
         Fact::Connected(took) => vec![connected(took)],
         Fact::Server(server) => judge_server(&server, config),
         Fact::Schema(version) => vec![schema(ABOUT, version, config.db.migrate)],
+        Fact::Rights(rights) => judge_rights(&rights, config.db.migrate),
         Fact::Pooling(pooling) => vec![pooler(pooling)],
         Fact::Snapshots { held, hidden } => snapshots(&held, hidden),
         Fact::Tables(tables) => tables.iter().flat_map(judge_table).collect(),
@@ -84,6 +86,8 @@ fn connected(took: Duration) -> Finding {
 fn judge_server(server: &Server, config: &Config) -> Vec<Finding> {
     let mut findings = vec![
         server_version(server),
+        takes_writes(server),
+        isolation(server),
         connections(server, config.db.max_connections),
     ];
     findings.push(match server.synchronous_commit.as_str() {
@@ -131,6 +135,69 @@ fn server_version(server: &Server) -> Finding {
         ),
         false => Finding::ok(ABOUT, format!("PostgreSQL {}", server.version)),
     }
+}
+
+fn takes_writes(server: &Server) -> Finding {
+    match (server.is_standby, server.is_read_only) {
+        (true, _) => Finding::error(
+            ABOUT,
+            "the server is a standby: it takes nothing",
+            "name the primary, or all hosts: then the one that takes writes is found, also after a failover",
+        ),
+        (false, true) => Finding::error(
+            ABOUT,
+            "transactions are read-only by default: nothing can be stored",
+            "ALTER ROLE … or ALTER DATABASE … SET default_transaction_read_only = off, whichever has set it",
+        ),
+        (false, false) => Finding::ok(ABOUT, "the server takes writes"),
+    }
+}
+
+fn isolation(server: &Server) -> Finding {
+    const ABOUT: &str = "default isolation";
+    match server.isolation.as_str() {
+        "read committed" => Finding::ok(ABOUT, "read committed"),
+        level => Finding::warning(
+            ABOUT,
+            format!(
+                "{level}: each statement has to ask for read committed, in two round trips more"
+            ),
+            "ALTER ROLE … SET default_transaction_isolation = 'read committed', for the user of db.connection_string",
+        ),
+    }
+}
+
+fn judge_rights(rights: &Rights, policy: Policy) -> Vec<Finding> {
+    const ABOUT: &str = "rights";
+    let Rights { user, version, .. } = rights;
+    let mut findings = Vec::new();
+    if !rights.missing.is_empty() {
+        let missing = rights.missing.join(", ");
+        findings.push(Finding::error(
+            ABOUT,
+            format!("{user} lacks {missing}"),
+            format!("GRANT SELECT, INSERT, UPDATE, DELETE on the tables TO {user}"),
+        ));
+    }
+    let schema = rights.schema.as_deref().unwrap_or("public");
+    let is_pending = version.applied < version.wanted && policy == Policy::Apply;
+    if is_pending && !rights.may_create {
+        findings.push(Finding::error(
+            ABOUT,
+            format!("tables are still to be made, and {user} may make none in the schema {schema}"),
+            format!("GRANT CREATE ON SCHEMA {schema} TO {user}, or run asyncproxy migrate as one who may"),
+        ));
+    } else if is_pending && !rights.owns_tables {
+        findings.push(Finding::error(
+            ABOUT,
+            format!("tables are still to be changed, and {user} does not own them"),
+            "run asyncproxy migrate as their owner",
+        ));
+    }
+    if findings.is_empty() {
+        findings.push(Finding::ok(ABOUT, format!("{user} has all that is needed")));
+    }
+    findings
 }
 
 fn connections(server: &Server, ours: u32) -> Finding {
@@ -267,6 +334,7 @@ fn clock(ahead: f64, exact_to: f64) -> Finding {
 mod tests {
     use super::super::Level;
     use super::*;
+    use crate::queue::migrate::Version;
 
     fn server() -> Server {
         Server {
@@ -278,6 +346,9 @@ mod tests {
             fsync: true,
             full_page_writes: true,
             synchronous_commit: "on".into(),
+            is_standby: false,
+            is_read_only: false,
+            isolation: "read committed".into(),
         }
     }
 
@@ -303,10 +374,14 @@ mod tests {
             fsync: false,
             full_page_writes: false,
             synchronous_commit: "off".into(),
+            is_read_only: true,
+            isolation: "serializable".into(),
             ..server()
         };
         let expected = [
             ABOUT,
+            ABOUT,
+            "default isolation",
             "db.max_connections",
             "synchronous_commit",
             "fsync",
@@ -314,6 +389,47 @@ mod tests {
             "autovacuum",
         ];
         assert_eq!(faults(broken), expected);
+    }
+
+    #[test]
+    fn a_standby_and_one_that_only_reads_are_errors() {
+        for (is_standby, is_read_only, level) in [
+            (false, false, Level::Ok),
+            (false, true, Level::Error),
+            (true, true, Level::Error),
+        ] {
+            let server = Server {
+                is_standby,
+                is_read_only,
+                ..server()
+            };
+            assert_eq!(takes_writes(&server).level, level);
+        }
+    }
+
+    #[test]
+    fn rights_are_judged_by_what_is_still_to_be_done() {
+        let rights = |applied, may_create, owns_tables, missing: &[&str]| Rights {
+            user: "me".into(),
+            schema: Some("public".into()),
+            may_create,
+            owns_tables,
+            missing: missing.iter().map(|&right| right.to_owned()).collect(),
+            version: Version { applied, wanted: 2 },
+        };
+        let judged = |rights: Rights, policy| levels(&judge_rights(&rights, policy));
+        let (ok, error) = ([Level::Ok], [Level::Error]);
+        assert_eq!(judged(rights(2, false, false, &[]), Policy::Apply), ok);
+        assert_eq!(judged(rights(0, true, true, &[]), Policy::Apply), ok);
+        assert_eq!(judged(rights(0, false, true, &[]), Policy::Apply), error);
+        assert_eq!(judged(rights(1, true, false, &[]), Policy::Apply), error);
+        // Someone else does it.
+        assert_eq!(judged(rights(1, false, false, &[]), Policy::Require), ok);
+        let missing = ["UPDATE ON proxy_requests"];
+        assert_eq!(
+            judged(rights(2, true, true, &missing), Policy::Apply),
+            error
+        );
     }
 
     #[test]

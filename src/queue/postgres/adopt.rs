@@ -13,9 +13,10 @@ use uuid::Uuid;
 
 use super::super::StoreError;
 use super::super::migrate::Adopted;
-use super::connections::Fault;
+use super::append::NewRows;
+use super::errors::Fault;
 use super::statements::{APPEND, APPEND_DEAD};
-use super::{NewRows, to_storable};
+use super::to_storable;
 use crate::request::{Peer, Request};
 
 /// Rows in memory at once.
@@ -259,7 +260,7 @@ fn append(transaction: &mut Transaction<'_>, rows: &[(GoRow, Request)]) -> Resul
         new.bodies.push(&request.body);
         new.leased.push(false);
     }
-    Ok(transaction.execute_typed(APPEND, &new.parameters())?)
+    Ok(transaction.execute_typed(APPEND, &new.due_parameters(&None))?)
 }
 
 /// Keeps the row as it was, header included.

@@ -1,67 +1,50 @@
-//! Connections to the server, and the threads that use them.
+//! The pool of connections, and the threads that use them.
 //!
-//! The client library waits for an answer without a limit, a frozen server answers nothing, and
-//! a limit set on the session would be lost or leak behind PgBouncer in transaction mode. So each
-//! operation runs on a thread of this module, and its caller stops waiting after `db.timeout`.
-//! A thread that is left behind ends its operation when the server resumes or TCP gives up, and
-//! is useful again; until then it keeps its connection busy, so there are never more of either
-//! than `db.max_connections`.
+//! A limit set on the session would be lost or leak behind PgBouncer in transaction mode. So each
+//! operation runs on a thread of this module, and its caller stops waiting after `db.timeout`. The
+//! statement is then cancelled, and its connection thrown away, at the latest after [`GRACE`], when
+//! the socket's own limit is over: so no thread stays with a server that does not answer, and there
+//! are never more of either than `db.max_connections`.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-#[cfg(not(feature = "tls"))]
-use ::postgres::NoTls as Connector;
-use ::postgres::config::SslMode;
-use ::postgres::error::{DbError, Severity, SqlState};
-use ::postgres::{Client, Config};
+use ::postgres::CancelToken;
+use ::postgres::error::SqlState;
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendError, Sender, TrySendError, bounded};
-use r2d2::{ManageConnection, NopErrorHandler, Pool};
-use r2d2_postgres::PostgresConnectionManager;
+use r2d2::{NopErrorHandler, Pool};
 
 use super::super::StoreError;
+use super::errors::{Fault, Remedy, describe, is_broken};
+use super::hosts::{Hosts, Link};
 use super::schema;
-#[cfg(feature = "tls")]
-use super::tls::Connector;
+use super::session::Session;
+use super::stream::{Connector, Limit, Security};
 use crate::config::PostgresServer;
 use crate::thread::Threads;
-use crate::tls::ClientConfig;
 
 /// Longest wait for a free connection: while the server is down nobody waits longer.
 const CHECKOUT_TIMEOUT_MAX: Duration = Duration::from_secs(1);
-/// After this much silence of the server TCP asks whether it is still there.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_RETRIES: u32 = 3;
-/// The library's default, which stands for "not set".
-const KEEPALIVE_IDLE_DEFAULT: Duration = Duration::from_secs(2 * 60 * 60);
-
-/// Why an operation failed.
-#[derive(Debug)]
-pub(super) enum Fault {
-    Postgres(::postgres::Error),
-    Store(StoreError),
-}
-
-impl From<::postgres::Error> for Fault {
-    fn from(error: ::postgres::Error) -> Fault {
-        Fault::Postgres(error)
-    }
-}
-
-impl From<StoreError> for Fault {
-    fn from(error: StoreError) -> Fault {
-        Fault::Store(error)
-    }
-}
+/// How long an operation that nobody waits for any more may take to end by being cancelled.
+const GRACE: Duration = Duration::from_secs(1);
+/// For asking the server to cancel, on a connection of its own.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a server may say nothing while the schema is changed.
+const MIGRATION_SILENCE: Duration = Duration::from_secs(60);
+/// How often an operation is tried again that met another in the server, and the pause before,
+/// which grows with each.
+const AGAIN_MAX: u32 = 6;
+const AGAIN_PAUSE: Duration = Duration::from_millis(5);
 
 type Job = Box<dyn FnOnce(&Shared) + Send>;
 
 /// Runs operations on pooled connections, each within a time limit.
 pub(super) struct Connections {
     shared: Arc<Shared>,
+    /// For cancelling.
+    security: Security,
     /// Without buffer: a job is taken by a thread that is free, or not at all.
     jobs: (Sender<Job>, Receiver<Job>),
     threads: Mutex<Threads>,
@@ -75,30 +58,34 @@ impl fmt::Debug for Connections {
 
 impl Connections {
     /// Connects to nothing yet.
-    pub(super) fn new(server: PostgresServer, max: u32, timeout: Duration) -> Connections {
+    pub(super) fn new(server: &PostgresServer, max: u32, timeout: Duration) -> Connections {
         let max = max.max(1);
         let checkout = timeout
             .min(CHECKOUT_TIMEOUT_MAX)
             .max(Duration::from_millis(1));
-        let manager = Manager::new(server, timeout);
-        let last_error = Arc::clone(&manager.last_error);
+        let hosts = Hosts::new(server, timeout);
+        let last_error = Arc::clone(&hosts.last_error);
+        let asks_isolation = Arc::clone(&hosts.asks_isolation);
+        let security = hosts.security();
         let pool = Pool::builder()
             .max_size(max)
             .min_idle(Some(0))
             .connection_timeout(checkout)
-            // A round trip for each operation; a connection found dead is replaced instead.
-            .test_on_check_out(false)
+            // Costs no round trip: see there.
+            .test_on_check_out(true)
             .error_handler(Box::new(NopErrorHandler))
-            .build_unchecked(manager);
+            .build_unchecked(hosts);
         Connections {
             shared: Arc::new(Shared {
                 pool,
                 last_error,
+                asks_isolation,
                 max,
                 migrates: AtomicBool::new(true),
                 migrated: AtomicBool::new(false),
-                migrating: Mutex::new(()),
+                turn: Turn::new(),
             }),
+            security,
             jobs: bounded(0),
             threads: Mutex::default(),
         }
@@ -115,31 +102,32 @@ impl Connections {
     pub(super) fn run<T: Send + 'static>(
         &self,
         timeout: Duration,
-        operation: impl Fn(&mut Client) -> Result<T, Fault> + Send + 'static,
-        undo: impl Fn(&mut Client, &T) -> Result<(), Fault> + Send + 'static,
+        operation: impl Fn(&mut Session) -> Result<T, Fault> + Send + 'static,
+        undo: impl Fn(&mut Session, &T) -> Result<(), Fault> + Send + 'static,
     ) -> Result<T, StoreError> {
         let deadline = Instant::now() + timeout;
         // Without buffer: the result is either taken or known not to be.
         let (answer, answered) = bounded(0);
-        let caller_has_gone = Arc::new(AtomicBool::new(false));
-        let is_wanted = {
-            let caller_has_gone = Arc::clone(&caller_has_gone);
-            move || !caller_has_gone.load(Ordering::Acquire)
+        let caller = Arc::new(Caller::until(deadline));
+        let job = {
+            let caller = Arc::clone(&caller);
+            Box::new(move |shared: &Shared| {
+                let result = shared.run(&operation, &caller);
+                if let Err(SendError(Ok(unwanted))) = answer.send(result) {
+                    // Best effort: what is not undone is a lease, and ends by itself.
+                    let nobody = Caller::until(Instant::now() + timeout);
+                    let _ = shared.run(&|session| undo(session, &unwanted), &nobody);
+                }
+            })
         };
-        let job = Box::new(move |shared: &Shared| {
-            let result = shared.run(&operation, &is_wanted);
-            if let Err(SendError(Ok(unwanted))) = answer.send(result) {
-                // Best effort: what is not undone is a lease, and ends by itself.
-                let _ = shared.run(&|client| undo(client, &unwanted), &|| true);
-            }
-        });
         self.hand_over(job, deadline)?;
         answered
             .recv_deadline(deadline)
             .unwrap_or_else(|error| match error {
                 RecvTimeoutError::Timeout => {
-                    // If it still waits for a connection, it shall not begin.
-                    caller_has_gone.store(true, Ordering::Release);
+                    if let Some(token) = caller.leave() {
+                        self.cancel(token);
+                    }
                     let why = format!("no answer within {timeout:?}");
                     Err(StoreError::Unavailable(why))
                 }
@@ -154,6 +142,20 @@ impl Connections {
         let last_error = self.shared.last_error.lock();
         let last_error = last_error.unwrap_or_else(PoisonError::into_inner);
         last_error.clone().map(StoreError::Unavailable)
+    }
+
+    /// Asks the server to end a statement, and does not wait for it. The thread at the statement
+    /// soon ends, too, so there are about as many of these at most.
+    fn cancel(&self, token: CancelToken) {
+        let connector = Connector {
+            security: self.security.clone(),
+            limit: Limit::until(Instant::now() + CANCEL_TIMEOUT),
+        };
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        // Without a thread or a connection for it the statement goes on: nobody waits for it.
+        let _ = threads.spawn_spare("postgres-cancel".to_owned(), move || {
+            let _ = token.cancel_query(connector);
+        });
     }
 
     fn hand_over(&self, job: Job, deadline: Instant) -> Result<(), StoreError> {
@@ -187,64 +189,176 @@ impl Connections {
     }
 }
 
+/// Whoever waits for an operation.
+struct Caller {
+    deadline: Instant,
+    has_gone: AtomicBool,
+    /// How to cancel the statement that runs for them.
+    running: Mutex<Option<CancelToken>>,
+}
+
+impl Caller {
+    fn until(deadline: Instant) -> Caller {
+        Caller {
+            deadline,
+            has_gone: AtomicBool::new(false),
+            running: Mutex::default(),
+        }
+    }
+
+    /// What still waits for a connection then does not begin. Returns how to end what has begun.
+    fn leave(&self) -> Option<CancelToken> {
+        self.has_gone.store(true, Ordering::Release);
+        self.set_running(None)
+    }
+
+    fn set_running(&self, token: Option<CancelToken>) -> Option<CancelToken> {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *running, token)
+    }
+
+    fn has_gone(&self) -> bool {
+        self.has_gone.load(Ordering::Acquire)
+    }
+}
+
+/// One after the other, each waiting for the turn before it for a limited time.
+struct Turn(Sender<()>, Receiver<()>);
+
+impl Turn {
+    fn new() -> Turn {
+        let (give, take) = bounded(1);
+        let _ = give.send(());
+        Turn(give, take)
+    }
+
+    /// Held until what it returns is dropped.
+    fn take(&self, deadline: Instant) -> Option<impl Drop> {
+        struct Taken<'a>(&'a Sender<()>);
+        impl Drop for Taken<'_> {
+            fn drop(&mut self) {
+                let _ = self.0.try_send(());
+            }
+        }
+        self.1.recv_deadline(deadline).ok()?;
+        Some(Taken(&self.0))
+    }
+}
+
 /// What the threads have in common.
 struct Shared {
-    pool: Pool<Manager>,
+    pool: Pool<Hosts>,
     last_error: Arc<Mutex<Option<String>>>,
+    /// See [`Session`].
+    asks_isolation: Arc<AtomicBool>,
     max: u32,
     /// Whether the schema may be changed; else it must be right.
     migrates: AtomicBool,
     migrated: AtomicBool,
-    migrating: Mutex<()>,
+    /// To look at the schema.
+    turn: Turn,
 }
 
 impl Shared {
     fn run<T>(
         &self,
-        operation: &dyn Fn(&mut Client) -> Result<T, Fault>,
-        is_wanted: &dyn Fn() -> bool,
+        operation: &dyn Fn(&mut Session) -> Result<T, Fault>,
+        caller: &Caller,
     ) -> Result<T, StoreError> {
         let asked_at = Instant::now();
         // A restarted server leaves a whole pool of dead connections behind.
-        let mut dead = 0;
+        let (mut dead, mut met, mut has_migrated) = (0, 0, false);
         loop {
             let mut link = self.pool.get().map_err(|_| self.no_connection())?;
-            let result = self.ensure_migrated(&mut link.client).and_then(|()| {
-                if is_wanted() {
-                    operation(&mut link.client)
-                } else {
-                    Err(Fault::Store(self.no_connection()))
-                }
-            });
-            let fault = match result {
+            let fault = match self.perform(&mut link, operation, caller) {
                 Ok(value) => return Ok(value),
                 Err(fault) => fault,
             };
-            link.broken = is_broken(&fault);
-            if link.broken && link.opened_at < asked_at && dead < self.max {
+            link.broken |= is_broken(&fault);
+            if fault.is_of_host() {
+                link.leave_host();
+            } else if link.broken && link.opened_at < asked_at && dead < self.max {
                 dead += 1;
                 continue;
+            }
+            match fault.remedy() {
+                Remedy::Again if met < AGAIN_MAX => {
+                    met += 1;
+                    // At READ COMMITTED there is no such fault: the level is another one's.
+                    if fault.is_code(&SqlState::T_R_SERIALIZATION_FAILURE) {
+                        self.asks_isolation.store(true, Ordering::Relaxed);
+                    }
+                    drop(link);
+                    let pause = met * AGAIN_PAUSE.mul_f64(fastrand::f64());
+                    if Instant::now() + pause < caller.deadline {
+                        std::thread::sleep(pause);
+                        continue;
+                    }
+                }
+                Remedy::Migrate => {
+                    self.migrated.store(false, Ordering::Release);
+                    if !has_migrated {
+                        has_migrated = true;
+                        continue;
+                    }
+                }
+                Remedy::Again | Remedy::None => {}
             }
             return Err(describe(fault));
         }
     }
 
-    fn ensure_migrated(&self, client: &mut Client) -> Result<(), Fault> {
+    /// One try, on one connection.
+    fn perform<T>(
+        &self,
+        link: &mut Link,
+        operation: &dyn Fn(&mut Session) -> Result<T, Fault>,
+        caller: &Caller,
+    ) -> Result<T, Fault> {
+        self.ensure_migrated(link, caller)?;
+        if caller.has_gone() {
+            return Err(Fault::Store(self.no_connection()));
+        }
+        link.limit.set(caller.deadline + GRACE);
+        caller.set_running(Some(link.session.cancel_token()));
+        let result = operation(&mut link.session);
+        caller.set_running(None);
+        link.limit.lift();
+        // Then it is being cancelled, which must not reach the next that uses the connection.
+        link.broken |= caller.has_gone();
+        result
+    }
+
+    fn ensure_migrated(&self, link: &mut Link, caller: &Caller) -> Result<(), Fault> {
         if self.migrated.load(Ordering::Acquire) {
             return Ok(());
         }
-        let _turn = self
-            .migrating
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let Some(_turn) = self.turn.take(caller.deadline) else {
+            let why = "the schema is still being looked at".to_owned();
+            return Err(Fault::Store(StoreError::Unavailable(why)));
+        };
         if !self.migrated.load(Ordering::Acquire) {
-            match self.migrates.load(Ordering::Acquire) {
-                true => schema::migrate_at_start(client)?,
-                false => schema::version(client)?.require()?,
-            }
+            link.limit.set(caller.deadline + GRACE);
+            let result = self.migrate(link);
+            link.limit.lift();
+            result?;
             self.migrated.store(true, Ordering::Release);
         }
         Ok(())
+    }
+
+    fn migrate(&self, link: &mut Link) -> Result<(), Fault> {
+        let server = schema::server(&mut link.session)?;
+        self.asks_isolation
+            .store(!server.is_read_committed, Ordering::Relaxed);
+        server.require()?;
+        let version = schema::version(&mut link.session)?;
+        if version.applied < version.wanted && self.migrates.load(Ordering::Acquire) {
+            link.limit.set_silence(MIGRATION_SILENCE);
+            schema::migrate_at_start(&mut link.session)
+        } else {
+            Ok(version.require()?)
+        }
     }
 
     fn no_connection(&self) -> StoreError {
@@ -263,224 +377,7 @@ impl Shared {
 ///
 /// # Errors
 /// [`StoreError::Unavailable`], with the hosts that were tried.
-pub(super) fn connect(server: &PostgresServer, timeout: Duration) -> Result<Client, StoreError> {
-    let manager = Manager::new(server.clone(), timeout);
-    manager.open().map_err(|error| {
-        StoreError::Unavailable(format!("{}: {}", manager.address, one_line(&error)))
-    })
-}
-
-/// A connection. Dropped, not reused, once it is `broken`.
-struct Link {
-    client: Client,
-    opened_at: Instant,
-    broken: bool,
-}
-
-struct Manager {
-    connector: PostgresConnectionManager<Connector>,
-    /// For `sslmode=prefer`: what is tried after TLS has failed.
-    plain: Option<PostgresConnectionManager<Connector>>,
-    address: String,
-    /// Of the last try to connect; none if it succeeded.
-    last_error: Arc<Mutex<Option<String>>>,
-}
-
-impl Manager {
-    fn new(server: PostgresServer, timeout: Duration) -> Manager {
-        let mut config = bounded_config(server.config, timeout);
-        if server.tls.is_none() {
-            config.ssl_mode(SslMode::Disable);
-        }
-        let plain = (config.get_ssl_mode() == SslMode::Prefer).then(|| {
-            let mut config = config.clone();
-            config.ssl_mode(SslMode::Disable);
-            PostgresConnectionManager::new(config, connector(None, timeout))
-        });
-        Manager {
-            address: address(&config),
-            connector: PostgresConnectionManager::new(config, connector(server.tls, timeout)),
-            plain,
-            last_error: Arc::default(),
-        }
-    }
-
-    /// As libpq with `sslmode=prefer`: without TLS if that fails, or if the server takes the user
-    /// only without it.
-    fn open(&self) -> Result<Client, ::postgres::Error> {
-        let result = self.connector.connect();
-        match (&result, &self.plain) {
-            (Err(error), Some(plain)) if may_be_tls(error) => plain.connect(),
-            _ => result,
-        }
-    }
-}
-
-#[cfg(feature = "tls")]
-fn connector(config: Option<Arc<ClientConfig>>, timeout: Duration) -> Connector {
-    Connector { config, timeout }
-}
-
-#[cfg(not(feature = "tls"))]
-fn connector(_config: Option<Arc<ClientConfig>>, _timeout: Duration) -> Connector {
-    Connector
-}
-
-fn may_be_tls(error: &::postgres::Error) -> bool {
-    match error.code() {
-        Some(code) => *code == SqlState::INVALID_AUTHORIZATION_SPECIFICATION,
-        // The library does not say of what kind its errors are.
-        None => error
-            .to_string()
-            .starts_with("error performing TLS handshake"),
-    }
-}
-
-impl ManageConnection for Manager {
-    type Connection = Link;
-    type Error = ::postgres::Error;
-
-    fn connect(&self) -> Result<Link, ::postgres::Error> {
-        let result = self.open();
-        let mut last_error = self
-            .last_error
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *last_error = result
-            .as_ref()
-            .err()
-            .map(|error| format!("{}: {}", self.address, one_line(error)));
-        Ok(Link {
-            client: result?,
-            opened_at: Instant::now(),
-            broken: false,
-        })
-    }
-
-    fn is_valid(&self, link: &mut Link) -> Result<(), ::postgres::Error> {
-        self.connector.is_valid(&mut link.client)
-    }
-
-    fn has_broken(&self, link: &mut Link) -> bool {
-        link.broken || self.connector.has_broken(&mut link.client)
-    }
-}
-
-/// Sets what the connection string leaves open, so that a lost host is noticed.
-fn bounded_config(mut config: Config, timeout: Duration) -> Config {
-    if config.get_connect_timeout().is_none() {
-        config.connect_timeout(timeout);
-    }
-    if config.get_tcp_user_timeout().is_none() {
-        config.tcp_user_timeout(KEEPALIVE_IDLE.max(timeout));
-    }
-    if config.get_keepalives_idle() == KEEPALIVE_IDLE_DEFAULT {
-        config.keepalives_idle(KEEPALIVE_IDLE);
-    }
-    if config.get_keepalives_interval().is_none() {
-        config.keepalives_interval(KEEPALIVE_INTERVAL);
-    }
-    if config.get_keepalives_retries().is_none() {
-        config.keepalives_retries(KEEPALIVE_RETRIES);
-    }
-    if config.get_application_name().is_none() {
-        config.application_name(env!("CARGO_PKG_NAME"));
-    }
-    config
-}
-
-/// The hosts, for error texts.
-fn address(config: &Config) -> String {
-    let hosts: Vec<String> = config
-        .get_hosts()
-        .iter()
-        .enumerate()
-        .map(|(index, host)| match host {
-            ::postgres::config::Host::Tcp(name) => {
-                let ports = config.get_ports();
-                let port = ports.get(index).or(ports.first()).copied();
-                format!("{name}:{}", port.unwrap_or(5432))
-            }
-            #[cfg(unix)]
-            ::postgres::config::Host::Unix(path) => path.display().to_string(),
-        })
-        .collect();
-    hosts.join(",")
-}
-
-/// Whether the connection is not to be used again. An error that the server reported ends the
-/// statement, a fatal one the connection; any other leaves the two sides out of step.
-pub(super) fn is_broken(fault: &Fault) -> bool {
-    match fault {
-        Fault::Store(_) => false,
-        Fault::Postgres(error) => error.as_db_error().is_none_or(|error| {
-            is_fatal(error)
-                // Connected to what has become a standby: the next connection may find better.
-                || *error.code() == SqlState::READ_ONLY_SQL_TRANSACTION
-        }),
-    }
-}
-
-fn is_fatal(error: &DbError) -> bool {
-    matches!(
-        error.parsed_severity(),
-        Some(Severity::Fatal | Severity::Panic)
-    ) || matches!(error.severity(), "FATAL" | "PANIC")
-}
-
-pub(super) fn describe(fault: Fault) -> StoreError {
-    let error = match fault {
-        Fault::Store(error) => return error,
-        Fault::Postgres(error) => error,
-    };
-    let text = one_line(&error);
-    match error.as_db_error() {
-        Some(db) if is_fatal(db) => StoreError::Unavailable(text),
-        Some(db) => classify(db.code().code(), text),
-        None => {
-            let is_io = std::error::Error::source(&error)
-                .is_some_and(<dyn std::error::Error>::is::<std::io::Error>);
-            match error.is_closed() || is_io {
-                true => StoreError::Unavailable(text),
-                false => StoreError::Refused(text),
-            }
-        }
-    }
-}
-
-/// What an SQLSTATE says about the server, by its class (PostgreSQL's appendix A).
-fn classify(sqlstate: &str, text: String) -> StoreError {
-    match sqlstate {
-        // A statement that was cancelled or did not get its lock: of this one alone.
-        "57014" | "55P03" => StoreError::Refused(text),
-        // A relation, column or right that is not there: no operation of ours will do better.
-        "42P01" | "42703" | "42501" => StoreError::Schema(text),
-        // 08: the connection, PgBouncer's own errors among them. 53: disk, memory or connections
-        // are exhausted. 57: an operator or a shutdown. 58: the system's errors. 25006: a standby.
-        "25006" => StoreError::Unavailable(text),
-        code => match code.get(..2) {
-            Some("08" | "53" | "57" | "58") => StoreError::Unavailable(text),
-            Some("3D" | "3F") => StoreError::Schema(text),
-            _ => StoreError::Refused(text),
-        },
-    }
-}
-
-/// The error with its causes. Not the server's DETAIL, which quotes rows.
-fn one_line(error: &::postgres::Error) -> String {
-    let mut text = match error.as_db_error() {
-        Some(db) => format!("{} (SQLSTATE {})", db.message(), db.code().code()),
-        None => {
-            let mut text = error.to_string();
-            let mut source = std::error::Error::source(error);
-            while let Some(cause) = source {
-                text = format!("{text}: {cause}");
-                source = cause.source();
-            }
-            text
-        }
-    };
-    // Whatever a server says stays one line of the log.
-    text.retain(|character| character != '\0');
-    text.replace(['\r', '\n'], " ")
+pub(super) fn connect(server: &PostgresServer, timeout: Duration) -> Result<Link, StoreError> {
+    let hosts = Hosts::new(server, timeout);
+    hosts.open().map_err(StoreError::Unavailable)
 }

@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ::postgres::Client;
 use crossbeam_channel::{RecvTimeoutError, bounded};
 
 use super::super::StoreError;
 use super::super::migrate::Version;
-use super::connections::{self, Fault};
-use super::schema;
+use super::errors::{self, Fault};
+use super::hosts::Link;
+use super::session::Session as Connection;
+use super::{connections, schema};
 use crate::config::PostgresServer;
 use crate::thread::Threads;
 
@@ -27,7 +28,31 @@ const SERVER: &str = "
            current_setting('autovacuum') = 'on',
            current_setting('fsync') = 'on',
            current_setting('full_page_writes') = 'on',
-           current_setting('synchronous_commit')";
+           current_setting('synchronous_commit'),
+           pg_is_in_recovery(),
+           current_setting('transaction_read_only') = 'on',
+           current_setting('default_transaction_isolation')";
+
+/// What the store does to its tables, and whether the user may.
+const RIGHTS: &str = "
+    SELECT current_schema()::text,
+           current_user::text,
+           coalesce(has_schema_privilege(current_schema(), 'CREATE'), false),
+           coalesce((SELECT pg_has_role(relowner, 'USAGE')
+                       FROM pg_class
+                      WHERE oid = to_regclass('proxy_requests')), true),
+           ARRAY(
+               SELECT upper(kind) || ' ON ' || name
+                 FROM (VALUES ('proxy_requests', ARRAY['select', 'insert', 'update', 'delete']),
+                              ('proxy_dead_letters', ARRAY['select', 'insert', 'update', 'delete']),
+                              ('proxy_rate', ARRAY['select', 'insert', 'update']),
+                              ('proxy_pause', ARRAY['select', 'insert', 'delete']),
+                              ('proxy_instances', ARRAY['select', 'insert', 'update', 'delete']),
+                              ('asyncproxy_migrations', ARRAY['select'])
+                      ) AS needed (name, kinds),
+                      unnest(kinds) AS kind
+                WHERE NOT coalesce(has_table_privilege(to_regclass(name), kind), true)
+           )";
 
 /// Who keeps vacuum from removing what died since. Workers of autovacuum do not.
 const SNAPSHOTS: &str = "
@@ -81,6 +106,7 @@ pub enum Fact {
     Connected(Duration),
     Server(Server),
     Schema(Version),
+    Rights(Rights),
     Pooling(Pooling),
     Snapshots {
         /// The one that goes back furthest first.
@@ -107,6 +133,24 @@ pub struct Server {
     pub fsync: bool,
     pub full_page_writes: bool,
     pub synchronous_commit: String,
+    pub is_standby: bool,
+    pub is_read_only: bool,
+    /// The default of the database's transactions.
+    pub isolation: String,
+}
+
+/// What the user may do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rights {
+    pub user: String,
+    /// Where tables are looked for and made; none if it is not there.
+    pub schema: Option<String>,
+    pub may_create: bool,
+    /// Also if there are no tables.
+    pub owns_tables: bool,
+    /// Such as `UPDATE ON proxy_requests`.
+    pub missing: Vec<String>,
+    pub version: Version,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,11 +198,12 @@ pub type Observation = Result<Fact, (&'static str, StoreError)>;
 
 type Step = (&'static str, fn(&mut Session) -> Result<Fact, Fault>);
 
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 7] = [
     ("server", server),
     ("schema", |session| {
-        Ok(Fact::Schema(schema::version(&mut session.client)?))
+        Ok(Fact::Schema(schema::version(&mut session.link.session)?))
     }),
+    ("rights", rights),
     ("pooler", pooling),
     ("snapshots", snapshots),
     ("tables", tables),
@@ -169,7 +214,7 @@ const CONNECTION: &str = "connection";
 struct Session {
     server: PostgresServer,
     timeout: Duration,
-    client: Client,
+    link: Link,
 }
 
 /// Finds out all that can be, each within `timeout`; after one that takes longer no more.
@@ -203,23 +248,23 @@ pub fn inspect(server: &PostgresServer, timeout: Duration) -> Vec<Observation> {
 
 fn for_each_fact(server: PostgresServer, timeout: Duration, report: impl Fn(Observation)) {
     let began = Instant::now();
-    let client = match connections::connect(&server, timeout) {
-        Ok(client) => client,
+    let link = match connections::connect(&server, timeout) {
+        Ok(link) => link,
         Err(error) => return report(Err((CONNECTION, error))),
     };
     report(Ok(Fact::Connected(began.elapsed())));
     let mut session = Session {
         server,
         timeout,
-        client,
+        link,
     };
     for (name, step) in STEPS {
-        report(step(&mut session).map_err(|fault| (name, connections::describe(fault))));
+        report(step(&mut session).map_err(|fault| (name, errors::describe(fault))));
     }
 }
 
 fn server(session: &mut Session) -> Result<Fact, Fault> {
-    let row = session.client.query_typed_one(SERVER, &[])?;
+    let row = session.link.session.query_typed_one(SERVER, &[])?;
     Ok(Fact::Server(Server {
         version: row.try_get(0)?,
         version_num: row.try_get(1)?,
@@ -229,24 +274,40 @@ fn server(session: &mut Session) -> Result<Fact, Fault> {
         fsync: row.try_get(5)?,
         full_page_writes: row.try_get(6)?,
         synchronous_commit: row.try_get(7)?,
+        is_standby: row.try_get(8)?,
+        is_read_only: row.try_get(9)?,
+        isolation: row.try_get(10)?,
+    }))
+}
+
+fn rights(session: &mut Session) -> Result<Fact, Fault> {
+    let version = schema::version(&mut session.link.session)?;
+    let row = session.link.session.query_typed_one(RIGHTS, &[])?;
+    Ok(Fact::Rights(Rights {
+        schema: row.try_get(0)?,
+        user: row.try_get(1)?,
+        may_create: row.try_get(2)?,
+        owns_tables: row.try_get(3)?,
+        missing: row.try_get(4)?,
+        version,
     }))
 }
 
 fn pooling(session: &mut Session) -> Result<Fact, Fault> {
-    let pid = |client: &mut Client| -> Result<i32, Fault> {
-        Ok(client.query_typed_one(PID, &[])?.try_get(0)?)
+    let pid = |connection: &mut Connection| -> Result<i32, Fault> {
+        Ok(connection.query_typed_one(PID, &[])?.try_get(0)?)
     };
     let (mut other, mut is_refused) = has_transactions(session)?;
     if is_refused {
         // It may have been an accident that has nothing to do with transactions.
-        pid(&mut session.client)?;
+        pid(&mut session.link.session)?;
         (other, is_refused) = has_transactions(session)?;
     }
     if is_refused {
         return Ok(Fact::Pooling(Pooling::Statement));
     }
     for _ in 0..POOLING_TRIES {
-        if pid(&mut session.client)? == pid(&mut other)? {
+        if pid(&mut session.link.session)? == pid(&mut other.session)? {
             return Ok(Fact::Pooling(Pooling::Transaction));
         }
     }
@@ -255,23 +316,23 @@ fn pooling(session: &mut Session) -> Result<Fact, Fault> {
 
 /// A client more, and whether a transaction on it was refused. PgBouncer ends the connection for
 /// it, and its reason gets lost on the way.
-fn has_transactions(session: &Session) -> Result<(Client, bool), Fault> {
-    let client = connections::connect(&session.server, session.timeout);
-    let mut client = client.map_err(Fault::Store)?;
-    let begun = client.transaction().and_then(|mut transaction| {
+fn has_transactions(session: &Session) -> Result<(Link, bool), Fault> {
+    let link = connections::connect(&session.server, session.timeout);
+    let mut link = link.map_err(Fault::Store)?;
+    let begun = link.session.transaction().and_then(|mut transaction| {
         transaction.query_typed_one(PID, &[])?;
         transaction.commit()
     });
     match begun {
-        Ok(()) => Ok((client, false)),
-        Err(error) if error.is_closed() || error.as_db_error().is_some() => Ok((client, true)),
+        Ok(()) => Ok((link, false)),
+        Err(error) if error.is_closed() || error.as_db_error().is_some() => Ok((link, true)),
         Err(error) => Err(error.into()),
     }
 }
 
 fn snapshots(session: &mut Session) -> Result<Fact, Fault> {
     let mut held = Vec::new();
-    for row in session.client.query_typed(SNAPSHOTS, &[])? {
+    for row in session.link.session.query_typed(SNAPSHOTS, &[])? {
         let (kind, name): (String, String) = (row.try_get(0)?, row.try_get(1)?);
         held.push(Snapshot {
             holder: match kind.as_str() {
@@ -287,13 +348,17 @@ fn snapshots(session: &mut Session) -> Result<Fact, Fault> {
             seconds: row.try_get(5)?,
         });
     }
-    let hidden = session.client.query_typed_one(HIDDEN, &[])?.try_get(0)?;
+    let hidden = session
+        .link
+        .session
+        .query_typed_one(HIDDEN, &[])?
+        .try_get(0)?;
     Ok(Fact::Snapshots { held, hidden })
 }
 
 fn tables(session: &mut Session) -> Result<Fact, Fault> {
     let mut tables = Vec::new();
-    for row in session.client.query_typed(TABLES, &[])? {
+    for row in session.link.session.query_typed(TABLES, &[])? {
         tables.push(Table {
             name: row.try_get(0)?,
             live: row.try_get(1)?,
@@ -308,7 +373,11 @@ fn tables(session: &mut Session) -> Result<Fact, Fault> {
 
 fn clock(session: &mut Session) -> Result<Fact, Fault> {
     let began = (Instant::now(), SystemTime::now());
-    let theirs: f64 = session.client.query_typed_one(CLOCK, &[])?.try_get(0)?;
+    let theirs: f64 = session
+        .link
+        .session
+        .query_typed_one(CLOCK, &[])?
+        .try_get(0)?;
     let exact_to = began.0.elapsed().as_secs_f64() / 2.0;
     let ours = began.1.duration_since(UNIX_EPOCH).unwrap_or_default();
     Ok(Fact::Clock {

@@ -1,14 +1,15 @@
 //! What an operator does: see [`Operate`].
 
+use ::postgres::Row as PostgresRow;
 use ::postgres::types::Type;
-use ::postgres::{Client, Row as PostgresRow};
 use uuid::Uuid;
 
 use super::super::operate::{
     Action, BURIED, Counts, Filter, LastStatus, Operate, Position, Row, State,
 };
 use super::super::{BATCH_ROWS_MAX, StoreError};
-use super::connections::Fault;
+use super::errors::Fault;
+use super::session::Session;
 use super::{Parameter, PostgresStore, count, to_seconds};
 
 /// What of a queue's rows passes a filter. The parameters are those of [`Conditions`].
@@ -102,7 +103,7 @@ const COUNT_DEAD: &str = concat!(
 
 const RETRY: &str = "
     UPDATE proxy_requests
-       SET next_attempt_at = least(next_attempt_at, now()), leased = false
+       SET next_attempt_at = least(next_attempt_at, now()), leased = false, leased_by = NULL
      WHERE id = ANY ($1) AND NOT (leased AND next_attempt_at > now())";
 
 /// What could not be read cannot be sent either, and stays.
@@ -191,9 +192,9 @@ impl Conditions {
 
 impl Operate for PostgresStore {
     fn set_paused(&self, is_paused: bool) -> Result<bool, StoreError> {
-        self.run(self.timeout, move |client| {
+        self.run(self.timeout, move |session| {
             let statement = if is_paused { PAUSE } else { RESUME };
-            Ok(client.execute_typed(statement, &[])? > 0)
+            Ok(session.execute_typed(statement, &[])? > 0)
         })
     }
 
@@ -204,23 +205,23 @@ impl Operate for PostgresStore {
         limit: usize,
     ) -> Result<Vec<Row>, StoreError> {
         let filter = filter.clone();
-        self.run(self.timeout, move |client| {
-            list(client, &filter, after, limit)
+        self.run(self.timeout, move |session| {
+            list(session, &filter, after, limit)
         })
     }
 
     fn find(&self, id: Uuid) -> Result<Option<Row>, StoreError> {
-        self.run(self.timeout, move |client| {
-            let rows = client.query_typed(FIND, &[(&id, Type::UUID)])?;
+        self.run(self.timeout, move |session| {
+            let rows = session.query_typed(FIND, &[(&id, Type::UUID)])?;
             rows.first().map(read).transpose()
         })
     }
 
     fn body(&self, position: Position) -> Result<Option<Vec<u8>>, StoreError> {
         let Position { is_dead, id } = position;
-        self.run(self.timeout, move |client| {
+        self.run(self.timeout, move |session| {
             let statement = if is_dead { BODY_DEAD } else { BODY };
-            let rows = client.query_typed(statement, &[(&id, Type::UUID)])?;
+            let rows = session.query_typed(statement, &[(&id, Type::UUID)])?;
             Ok(match rows.first() {
                 Some(row) => row.try_get(0)?,
                 None => None,
@@ -230,15 +231,15 @@ impl Operate for PostgresStore {
 
     fn count(&self, filter: &Filter) -> Result<Counts, StoreError> {
         let filter = filter.clone();
-        self.run(self.timeout, move |client| {
+        self.run(self.timeout, move |session| {
             let conditions = Conditions::of(&filter);
             let mut counts = Counts::default();
             if filter.state != Some(State::Dead) {
-                let row = client.query_typed_one(COUNT, &conditions.parameters())?;
+                let row = session.query_typed_one(COUNT, &conditions.parameters())?;
                 (counts.waiting, counts.leased) = (count(&row, 0)?, count(&row, 1)?);
             }
             if filter.admits(State::Dead) {
-                let row = client.query_typed_one(COUNT_DEAD, &conditions.parameters())?;
+                let row = session.query_typed_one(COUNT_DEAD, &conditions.parameters())?;
                 counts.dead = count(&row, 0)?;
             }
             Ok(counts)
@@ -252,14 +253,14 @@ impl Operate for PostgresStore {
             rows.map(|row| row.id).collect::<Vec<_>>()
         };
         let (live, dead) = (ids(false), ids(true));
-        self.run(self.timeout, move |client| {
-            apply(client, action, &live, &dead)
+        self.run(self.timeout, move |session| {
+            apply(session, action, &live, &dead)
         })
     }
 }
 
 fn list(
-    client: &mut Client,
+    session: &mut Session,
     filter: &Filter,
     after: Option<Position>,
     limit: usize,
@@ -282,7 +283,7 @@ fn list(
             (&after as &(dyn super::ToSql + Sync), Type::UUID),
             (&left, Type::INT8),
         ]);
-        for row in &client.query_typed(statement, &parameters)? {
+        for row in &session.query_typed(statement, &parameters)? {
             found.push(read(row)?);
         }
     }
@@ -312,22 +313,27 @@ fn read(row: &PostgresRow) -> Result<Row, Fault> {
     })
 }
 
-fn apply(client: &mut Client, action: Action, live: &[Uuid], dead: &[Uuid]) -> Result<u64, Fault> {
+fn apply(
+    session: &mut Session,
+    action: Action,
+    live: &[Uuid],
+    dead: &[Uuid],
+) -> Result<u64, Fault> {
     let live: &[Parameter<'_>] = &[(&live, Type::UUID_ARRAY)];
     let dead: &[Parameter<'_>] = &[(&dead, Type::UUID_ARRAY)];
     // Two statements, of which each is whole by itself: the second may be missing.
     Ok(match action {
         Action::Retry => {
-            let due = client.execute_typed(RETRY, live)?;
-            due + count(&client.query_typed_one(RETRY_DEAD, dead)?, 0)?
+            let due = session.execute_typed(RETRY, live)?;
+            due + count(&session.query_typed_one(RETRY_DEAD, dead)?, 0)?
         }
         Action::Drop => {
-            client.execute_typed(DROP, live)? + client.execute_typed(DROP_DEAD, dead)?
+            session.execute_typed(DROP, live)? + session.execute_typed(DROP_DEAD, dead)?
         }
         // What is dead stays so.
         Action::Bury => {
             let parameters = [live[0].clone(), (&BURIED, Type::TEXT)];
-            count(&client.query_typed_one(BURY, &parameters)?, 0)?
+            count(&session.query_typed_one(BURY, &parameters)?, 0)?
         }
     })
 }

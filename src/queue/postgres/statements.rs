@@ -10,9 +10,9 @@ type Statements = ByClass<&'static str>;
 pub(super) const APPEND: &str = "
     INSERT INTO proxy_requests
            (id, received_at, next_attempt_at, attempt, last_status, last_error,
-            method, target, headers, body, leased)
+            method, target, headers, body, leased, leased_by)
     SELECT id, received_at, now() + after * interval '1 second', attempt, status, error,
-           method, target, headers, body, leased
+           method, target, headers, body, leased, CASE WHEN leased THEN $12 END
       FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
            AS new (id, received_at, after, attempt, status, error,
                    method, target, headers, body, leased)
@@ -40,7 +40,7 @@ pub(super) const PRESENT: &str = "
 /// that another instance changes meanwhile is skipped. No count overflows. The pause is looked for
 /// once, before any row.
 ///
-/// `$4`, if any, is where to begin: see [`Start`](super::start::Start).
+/// `$4`, if any, is where to begin: see [`Start`](super::start::Start). `$5` is the instance.
 macro_rules! claim {
     ($class:expr, $order:expr) => {
         concat!(
@@ -66,6 +66,7 @@ macro_rules! claim {
     UPDATE proxy_requests
        SET attempt = least(attempt, 2147483646) + 1,
            leased = true,
+           leased_by = $5,
            next_attempt_at = now() + $2 * interval '1 second'
       FROM fitting
      WHERE ctid = place AND bytes_before < $3
@@ -85,7 +86,7 @@ pub(super) const CLAIM_UNORDERED: Statements = ByClass {
     retried: claim!("attempt > 1", ""),
 };
 
-/// As `claim!`, but claims no more rows than `proxy_rate` has tokens, and takes those: `$5` come
+/// As `claim!`, but claims no more rows than `proxy_rate` has tokens, and takes those: `$6` come
 /// in a second, and as many fit. Nothing is locked or written while nothing is due.
 ///
 /// Returns one row: whether `proxy_rate` has its row, whether anything is due, the tokens before
@@ -127,9 +128,9 @@ macro_rules! claim_by_tokens {
           FROM held
     ), refilled AS MATERIALIZED (
         SELECT least(
-                   tokens + $5 * greatest(
+                   tokens + $6 * greatest(
                        extract(epoch FROM seen_at - refilled_at)::double precision, 0),
-                   $5) AS tokens,
+                   $6) AS tokens,
                seen_at,
                seen_at < refilled_at AS is_set_back
           FROM seen
@@ -158,6 +159,7 @@ macro_rules! claim_by_tokens {
         UPDATE proxy_requests
            SET attempt = least(attempt, 2147483646) + 1,
                leased = true,
+               leased_by = $5,
                next_attempt_at = now() + $2 * interval '1 second'
           FROM fitting
          WHERE ctid = place AND bytes_before < $3
@@ -190,15 +192,15 @@ pub(super) const CLAIM_BY_TOKENS_UNORDERED: Statements = ByClass {
     retried: claim_by_tokens!("attempt > 1", ""),
 };
 
-/// As `claim!` or `claim_by_tokens!`, but of the `$7` rows of the class at a spot those tried least,
-/// and none of `$6`. The former are found by the index, or in some blocks of the table, whichever;
+/// As `claim!` or `claim_by_tokens!`, but of the `$8` rows of the class at a spot those tried least,
+/// and none of `$7`. The former are found by the index, or in some blocks of the table, whichever;
 /// then their places find the rows.
 macro_rules! probe {
     ($claim:ident, $class:literal, $from:expr, $order:literal) => {
         $claim!(
             concat!(
                 $class,
-                " AND id <> ALL ($6)
+                " AND id <> ALL ($7)
            AND ctid = ANY (ARRAY(
                 SELECT ctid
                   FROM proxy_requests ",
@@ -210,7 +212,7 @@ macro_rules! probe {
                  ORDER BY ",
                 $order,
                 "
-                 LIMIT $7
+                 LIMIT $8
            ))"
             ),
             concat!("ORDER BY attempt, ", $order)
@@ -267,27 +269,32 @@ pub(super) const RESTORE_RATE: &str = "
     VALUES (0, clock_timestamp())
         ON CONFLICT DO NOTHING";
 
-/// Each part finds its rows by the primary key. [`Outcomes`](super::Outcomes) sees to it that no
-/// row is in two parts, as only one of them would change it, whichever.
+/// Each part finds its rows by the primary key, and changes those that `$14` has leased.
+/// [`Outcomes`](super::Outcomes) sees to it that no row is in two parts, as only one of them would
+/// change it, whichever.
 pub(super) const SETTLE: &str = "
     WITH delivered AS (
         DELETE FROM proxy_requests AS row
          USING unnest($1, $2) AS mine (id, attempt)
          WHERE row.id = mine.id AND row.attempt = mine.attempt AND coalesce(row.leased)
+           AND row.leased_by = $14
      RETURNING 1
     ), later AS (
         UPDATE proxy_requests AS row
            SET leased = false,
+               leased_by = NULL,
                next_attempt_at = now() + mine.after * interval '1 second',
                last_status = mine.status,
                last_error = mine.error
           FROM unnest($3, $4, $5, $6, $7) AS mine (id, attempt, after, status, error)
          WHERE row.id = mine.id AND row.attempt = mine.attempt AND coalesce(row.leased)
+           AND row.leased_by = $14
      RETURNING 1
     ), gone AS (
         DELETE FROM proxy_requests AS row
          USING unnest($8, $9, $10, $11) AS mine (id, attempt, status, error)
          WHERE row.id = mine.id AND row.attempt = mine.attempt AND coalesce(row.leased)
+           AND row.leased_by = $14
      RETURNING row.id, row.received_at, row.attempt, mine.status, mine.error,
                row.method, row.target, row.headers, row.body
     ), buried AS (
@@ -301,10 +308,12 @@ pub(super) const SETTLE: &str = "
     ), released AS (
         UPDATE proxy_requests AS row
            SET leased = false,
+               leased_by = NULL,
                next_attempt_at = now(),
                attempt = row.attempt - 1
           FROM unnest($12, $13) AS mine (id, attempt)
          WHERE row.id = mine.id AND row.attempt = mine.attempt AND coalesce(row.leased)
+           AND row.leased_by = $14
      RETURNING 1
     )
     SELECT (SELECT count(*) FROM delivered),
@@ -351,3 +360,89 @@ pub(super) const SAMPLE: &str = "
           FROM proxy_requests
          WHERE attempt > 1
       ) AS classes";
+
+/// `$1` is there; is anybody not heard of for `$2` seconds? Nothing rests on this being on the disk.
+pub(super) const BEAT: &str = "
+    WITH beat AS (
+        INSERT INTO proxy_instances (id, last_seen)
+        VALUES ($1, clock_timestamp())
+            ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen
+    )
+    SELECT EXISTS (
+               SELECT
+                 FROM proxy_instances
+                WHERE id <> $1 AND last_seen < now() - $2 * interval '1 second'
+           ),
+           set_config('synchronous_commit', 'off', true)";
+
+/// `$1` has nothing any more, or if `$2` will not be heard of again.
+pub(super) const LEAVE: &str = "
+    WITH gone AS (
+        DELETE FROM proxy_instances
+         WHERE id = $1 AND NOT $2
+    )
+    UPDATE proxy_instances
+       SET last_seen = '-infinity'
+     WHERE id = $1 AND $2";
+
+/// Gives back leases that are not over, of both classes, for the index of each. What was over is
+/// due in any case, so nothing that is due is walked through.
+macro_rules! give_back {
+    ($with:literal, $attempt:literal, $whose:literal) => {
+        concat!(
+            "
+    WITH ",
+            $with,
+            " fresh AS (
+        UPDATE proxy_requests
+           SET leased = false,
+               leased_by = NULL,
+               next_attempt_at = now(),
+               attempt = ",
+            $attempt,
+            "
+         WHERE attempt <= 1 AND next_attempt_at > now() AND leased
+           AND ",
+            $whose,
+            "
+     RETURNING 1
+    ), retried AS (
+        UPDATE proxy_requests
+           SET leased = false,
+               leased_by = NULL,
+               next_attempt_at = now(),
+               attempt = ",
+            $attempt,
+            "
+         WHERE attempt > 1 AND next_attempt_at > now() AND leased
+           AND ",
+            $whose,
+            "
+     RETURNING 1
+    )
+    SELECT (SELECT count(*) FROM fresh) + (SELECT count(*) FROM retried)"
+        )
+    };
+}
+
+/// Of those not heard of for `$1` seconds, who are forgotten after twice as long: until then a
+/// claim of theirs may still be under way. The attempt stays counted, as it may have been made.
+pub(super) const TAKE_OVER: &str = give_back!(
+    "silent AS MATERIALIZED (
+        SELECT id, last_seen
+          FROM proxy_instances
+         WHERE last_seen < now() - $1 * interval '1 second'
+           FOR UPDATE SKIP LOCKED
+    ), forgotten AS (
+        DELETE FROM proxy_instances AS instance
+         USING silent
+         WHERE instance.id = silent.id
+           AND silent.last_seen < now() - 2 * $1 * interval '1 second'
+    ),",
+    "attempt",
+    "leased_by IN (SELECT id FROM silent)"
+);
+
+/// Of `$1`, but for the rows `$2`: what it claimed and never heard of. No attempt was made.
+pub(super) const GIVE_BACK_UNKNOWN: &str =
+    give_back!("", "attempt - 1", "leased_by = $1 AND NOT (id = ANY ($2))");

@@ -1,112 +1,38 @@
-//! TLS beneath the postgres crate: the handshake within a time limit, and channel binding.
+//! TLS beneath the postgres crate: what it asks of a handshake, and channel binding.
 
-use std::future::Future;
 use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::time::Duration;
 
 use ::postgres::Socket;
-use ::postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
+use ::postgres::tls::ChannelBinding;
 use ring::digest;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio_rustls::client::TlsStream as RustlsStream;
+use tokio_rustls::client::TlsStream;
 
-/// Makes connections secure. Without a configuration there is none to make: `sslmode=disable`.
-#[derive(Debug, Clone)]
-pub(super) struct Connector {
-    pub(super) config: Option<Arc<ClientConfig>>,
-    /// For the handshake: a server that accepts and then says nothing would keep its thread.
-    pub(super) timeout: Duration,
+/// Secures a connection to the host of that name.
+pub(super) async fn handshake(
+    config: Arc<ClientConfig>,
+    host: String,
+    socket: Socket,
+) -> io::Result<TlsStream<Socket>> {
+    let name = ServerName::try_from(host)
+        .map_err(|_| io::Error::other("the host is not a name that TLS can verify"))?;
+    let connector = tokio_rustls::TlsConnector::from(config);
+    connector.connect(name, socket).await
 }
 
-impl MakeTlsConnect<Socket> for Connector {
-    type Stream = Stream;
-    type TlsConnect = Handshake;
-    type Error = io::Error;
-
-    fn make_tls_connect(&mut self, domain: &str) -> io::Result<Handshake> {
-        Ok(Handshake {
-            connector: self.clone(),
-            domain: domain.to_owned(),
-        })
-    }
-}
-
-/// One handshake to come.
-#[derive(Debug)]
-pub(super) struct Handshake {
-    connector: Connector,
-    domain: String,
-}
-
-impl TlsConnect<Socket> for Handshake {
-    type Stream = Stream;
-    type Error = io::Error;
-    type Future = Pin<Box<dyn Future<Output = io::Result<Stream>> + Send>>;
-
-    fn connect(self, socket: Socket) -> Self::Future {
-        Box::pin(async move {
-            let Connector { config, timeout } = self.connector;
-            let config = config.ok_or_else(|| io::Error::other("TLS is disabled"))?;
-            let name = ServerName::try_from(self.domain)
-                .map_err(|_| io::Error::other("the host is not a name that TLS can verify"))?;
-            let handshake = tokio_rustls::TlsConnector::from(config).connect(name, socket);
-            let stream = tokio::time::timeout(timeout, handshake).await;
-            let stream = stream.map_err(|_| {
-                io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake in time")
-            })??;
-            Ok(Stream(Box::new(stream)))
-        })
-    }
-}
-
-/// A secured connection.
-pub(super) struct Stream(Box<RustlsStream<Socket>>);
-
-impl TlsStream for Stream {
-    fn channel_binding(&self) -> ChannelBinding {
-        let certificates = self.0.get_ref().1.peer_certificates();
-        let hash = certificates
-            .and_then(<[_]>::first)
-            .and_then(|certificate| Some((certificate, hash_for(certificate)?)));
-        match hash {
-            Some((certificate, hash)) => ChannelBinding::tls_server_end_point(
-                digest::digest(hash, certificate).as_ref().to_vec(),
-            ),
-            None => ChannelBinding::none(),
-        }
-    }
-}
-
-impl AsyncRead for Stream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Stream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(context)
+/// What ties a password to this connection.
+pub(super) fn channel_binding(stream: &TlsStream<Socket>) -> ChannelBinding {
+    let certificates = stream.get_ref().1.peer_certificates();
+    let hash = certificates
+        .and_then(<[_]>::first)
+        .and_then(|certificate| Some((certificate, hash_for(certificate)?)));
+    match hash {
+        Some((certificate, hash)) => ChannelBinding::tls_server_end_point(
+            digest::digest(hash, certificate).as_ref().to_vec(),
+        ),
+        None => ChannelBinding::none(),
     }
 }
 

@@ -6,12 +6,13 @@
 
 use std::time::{Duration, SystemTime};
 
+use ::postgres::Row;
 use ::postgres::types::Type;
-use ::postgres::{Client, Row};
 use uuid::Uuid;
 
 use super::Parameter;
-use super::connections::Fault;
+use super::errors::Fault;
+use super::session::Session;
 use super::statements::{CLAIMED, RESTORE_RATE};
 
 /// While another instance has the tokens: about as long as a claim takes.
@@ -21,15 +22,15 @@ const TURN: Duration = Duration::from_millis(10);
 /// kind and its parameters, of which `limit` and `rate` (a second) are some. Returns the rows in
 /// the columns of `CLAIM`, and how long nothing will come, if that is for want of tokens.
 pub(super) fn claim(
-    client: &mut Client,
+    session: &mut Session,
     statement: &str,
     parameters: &[Parameter<'_>],
     limit: i64,
     rate: f64,
 ) -> Result<(Vec<Row>, Option<Duration>), Fault> {
-    let row = client.query_typed_one(statement, parameters)?;
+    let row = session.query_typed_one(statement, parameters)?;
     if !row.try_get::<_, bool>("has_rate")? {
-        client.execute_typed(RESTORE_RATE, &[])?;
+        session.execute_typed(RESTORE_RATE, &[])?;
     }
     let ids: Vec<Uuid> = row.try_get("ids")?;
     let attempts: Vec<i32> = row.try_get("attempts")?;
@@ -43,7 +44,7 @@ pub(super) fn claim(
     if ids.is_empty() {
         return Ok((Vec::new(), held_back));
     }
-    let rows = client.query_typed(
+    let rows = session.query_typed(
         CLAIMED,
         &[
             (&ids, Type::UUID_ARRAY),

@@ -95,8 +95,59 @@ impl DedicatedCluster {
         format!("postgres://test@127.0.0.1:{}/postgres", self.port)
     }
 
+    /// Makes a standby of a running server without starting it; it gets all that is committed
+    /// there while both run.
+    pub fn standby_of(primary: &DedicatedCluster) -> DedicatedCluster {
+        let temporary = TempDir::new().expect("temporary directory");
+        let directory = temporary.path().to_owned();
+        give_to_server_account(&directory);
+        let copied = server_command("pg_basebackup")
+            .args([
+                "-h",
+                "127.0.0.1",
+                "-U",
+                "test",
+                "-X",
+                "stream",
+                "-R",
+                "-c",
+                "fast",
+            ])
+            .args(["--no-sync", "-p", &primary.port.to_string(), "-D"])
+            .arg(directory.join("data"))
+            .current_dir(&directory)
+            .output()
+            .expect("run pg_basebackup");
+        let errors = String::from_utf8_lossy(&copied.stderr);
+        assert!(copied.status.success(), "pg_basebackup: {errors}");
+        DedicatedCluster {
+            directory,
+            temporary: Some(temporary),
+            port: free_port(),
+            server: None,
+            tls: false,
+        }
+    }
+
+    /// Makes the standby a server of its own, and waits until it is.
+    pub fn promote(&self) {
+        let promoted = server_command("pg_ctl")
+            .args(["promote", "-w", "-D"])
+            .arg(self.directory.join("data"))
+            .current_dir(&self.directory)
+            .output()
+            .expect("run pg_ctl");
+        let errors = String::from_utf8_lossy(&promoted.stderr);
+        assert!(promoted.status.success(), "pg_ctl promote: {errors}");
+    }
+
     /// Starts the server and waits until it accepts connections.
     pub fn start(&mut self) {
+        self.start_with(&[]);
+    }
+
+    /// The same with settings, each as `name=value`.
+    pub fn start_with(&mut self, settings: &[&str]) {
         let server = Process::spawn(
             server_command("postgres")
                 .arg("-D")
@@ -106,9 +157,11 @@ impl DedicatedCluster {
                 .args(["-c", "fsync=off"])
                 .args(["-c", if self.tls { "ssl=on" } else { "ssl=off" }])
                 .args(["-p", &self.port.to_string()])
+                .args(settings.iter().flat_map(|setting| ["-c", setting]))
                 .current_dir(&self.directory),
         );
-        server.wait_for_line("ready to accept connections", PATIENCE);
+        // A standby accepts read-only ones.
+        server.wait_for_line("ready to accept", PATIENCE);
         self.server = Some(server);
     }
 

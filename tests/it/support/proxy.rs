@@ -237,6 +237,15 @@ impl Proxy {
         self.process.signal(Signal::INT);
     }
 
+    /// Stops it without ending it.
+    pub fn freeze(&self) {
+        self.process.signal(Signal::STOP);
+    }
+
+    pub fn thaw(&self) {
+        self.process.signal(Signal::CONT);
+    }
+
     pub fn kill9(&self) {
         self.process.signal(Signal::KILL);
     }

@@ -1,0 +1,164 @@
+//! What the server's errors say: about the connection, about the store, and whether to ask again.
+
+use ::postgres::error::{DbError, Severity, SqlState};
+
+use super::super::StoreError;
+
+/// Why an operation failed.
+#[derive(Debug)]
+pub(super) enum Fault {
+    Postgres(::postgres::Error),
+    Store(StoreError),
+}
+
+impl From<::postgres::Error> for Fault {
+    fn from(error: ::postgres::Error) -> Fault {
+        Fault::Postgres(error)
+    }
+}
+
+impl From<StoreError> for Fault {
+    fn from(error: StoreError) -> Fault {
+        Fault::Store(error)
+    }
+}
+
+/// What is to be done about a fault, beside telling it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Remedy {
+    None,
+    /// Two transactions met, and the server let one of them go on: the other may try again.
+    Again,
+    /// A table or a column is not there: the schema is not what it was when it was looked at.
+    Migrate,
+}
+
+impl Fault {
+    fn database(&self) -> Option<&DbError> {
+        match self {
+            Fault::Postgres(error) => error.as_db_error(),
+            Fault::Store(_) => None,
+        }
+    }
+
+    pub(super) fn is_code(&self, code: &SqlState) -> bool {
+        self.database().is_some_and(|error| error.code() == code)
+    }
+
+    pub(super) fn remedy(&self) -> Remedy {
+        match self.database().map(|error| error.code().code()) {
+            Some("40001" | "40P01") => Remedy::Again,
+            Some("42P01" | "42703") => Remedy::Migrate,
+            _ => Remedy::None,
+        }
+    }
+
+    /// Whether the server is no longer one to ask: it did not answer, or has become a standby.
+    pub(super) fn is_of_host(&self) -> bool {
+        match self {
+            Fault::Postgres(error) => {
+                is_late(error) || self.is_code(&SqlState::READ_ONLY_SQL_TRANSACTION)
+            }
+            Fault::Store(_) => false,
+        }
+    }
+}
+
+/// Whether the time was over in which the server's bytes were waited for.
+pub(super) fn is_late(error: &::postgres::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        let io = cause.downcast_ref::<std::io::Error>();
+        if io.is_some_and(|io| io.kind() == std::io::ErrorKind::TimedOut) {
+            return true;
+        }
+        source = cause.source();
+    }
+    false
+}
+
+/// Whether the connection is not to be used again. An error that the server reported ends the
+/// statement, a fatal one the connection; any other leaves the two sides out of step.
+pub(super) fn is_broken(fault: &Fault) -> bool {
+    match fault {
+        Fault::Store(_) => false,
+        Fault::Postgres(error) => error.as_db_error().is_none_or(|error| {
+            is_fatal(error)
+                // Connected to what has become a standby: the next connection may find better.
+                || *error.code() == SqlState::READ_ONLY_SQL_TRANSACTION
+        }),
+    }
+}
+
+fn is_fatal(error: &DbError) -> bool {
+    matches!(
+        error.parsed_severity(),
+        Some(Severity::Fatal | Severity::Panic)
+    ) || matches!(error.severity(), "FATAL" | "PANIC")
+}
+
+pub(super) fn describe(fault: Fault) -> StoreError {
+    let error = match fault {
+        Fault::Store(error) => return error,
+        Fault::Postgres(error) => error,
+    };
+    let text = one_line(&error);
+    match error.as_db_error() {
+        Some(db) if is_fatal(db) => StoreError::Unavailable(text),
+        Some(db) => classify(db.code().code(), text),
+        None => {
+            let is_io = std::error::Error::source(&error)
+                .is_some_and(<dyn std::error::Error>::is::<std::io::Error>);
+            match error.is_closed() || is_io {
+                true => StoreError::Unavailable(text),
+                false => StoreError::Refused(text),
+            }
+        }
+    }
+}
+
+/// What to do about a server that only reads.
+const READ_ONLY: &str = "it is a standby, or default_transaction_read_only is on: name the primary, \
+                         or all hosts, of which then the one that takes writes is found";
+
+/// What to do about a right that is missing.
+const RIGHTS: &str = "the role needs SELECT, INSERT, UPDATE and DELETE on the tables, and to make or \
+                      change them the rights of their owner; asyncproxy doctor tells what is missing";
+
+/// What an SQLSTATE says about the server, by its class (PostgreSQL's appendix A).
+fn classify(sqlstate: &str, text: String) -> StoreError {
+    match sqlstate {
+        // A statement that was cancelled or did not get its lock: of this one alone.
+        "57014" | "55P03" => StoreError::Refused(text),
+        // A relation, column or right that is not there: no operation of ours will do better.
+        "42P01" | "42703" => StoreError::Schema(format!("{text}: run asyncproxy migrate")),
+        "42501" => StoreError::Schema(format!("{text}: {RIGHTS}")),
+        "25006" => StoreError::Unavailable(format!("{text}: {READ_ONLY}")),
+        // 08: the connection, PgBouncer's own errors among them. 53: disk, memory or connections
+        // are exhausted. 57: an operator or a shutdown. 58: the system's errors.
+        code => match code.get(..2) {
+            Some("08" | "53" | "57" | "58") => StoreError::Unavailable(text),
+            Some("3D" | "3F") => StoreError::Schema(text),
+            _ => StoreError::Refused(text),
+        },
+    }
+}
+
+/// The error with its causes. Not the server's DETAIL, which quotes rows.
+pub(super) fn one_line(error: &::postgres::Error) -> String {
+    let mut text = match error.as_db_error() {
+        Some(db) => format!("{} (SQLSTATE {})", db.message(), db.code().code()),
+        None => {
+            let mut text = error.to_string();
+            let mut source = std::error::Error::source(error);
+            while let Some(cause) = source {
+                text = format!("{text}: {cause}");
+                source = cause.source();
+            }
+            text
+        }
+    };
+    // Whatever a server says stays one line of the log.
+    text.retain(|character| character != '\0');
+    text.replace(['\r', '\n'], " ")
+}
