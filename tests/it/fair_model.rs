@@ -15,8 +15,8 @@ use uuid::Uuid;
 
 const RATE: u32 = 30;
 const FAILURES: u32 = 10;
-/// As often as the poller claims.
-const TICK: Duration = Duration::from_millis(50);
+/// As often as the poller claims: as soon as there is a token.
+const TICK: Duration = Duration::from_millis(34);
 /// For what a breaker that opens, and what it takes to find a good request, cost once.
 const SLACK: Duration = Duration::from_secs(12);
 const PATIENCE: Duration = Duration::from_secs(3600);
