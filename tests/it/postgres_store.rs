@@ -12,7 +12,7 @@ use crate::contract::{
     LEASE, PATIENCE, TIMEOUT, append_one, claim, counts, delivered, request, row,
 };
 use crate::support::pgbouncer::Pgbouncer;
-use crate::support::postgres::{TestDb, cluster, free_port};
+use crate::support::postgres::{Port, TestDb, cluster};
 use crate::support::relay::Relay;
 
 /// The Go program's migrations, in their final state.
@@ -337,7 +337,8 @@ fn a_dropped_store_closes_its_connections() {
 #[test]
 fn a_server_that_comes_up_late_is_used() {
     let database = cluster().database();
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+    let port = Port::take();
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port.number()));
     let url = database
         .url()
         .replace(&database.port().to_string(), &address.port().to_string());

@@ -1,7 +1,6 @@
 //! A Postgres server of one's own, for tests that stop and start it.
 
 use std::io::Write;
-use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -9,17 +8,16 @@ use postgres::{Client, NoTls};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use super::postgres::{give_to_server_account, server_command};
+use super::postgres::{Port, give_to_server_account, server_command};
 use super::process::Process;
 use super::proxy::PATIENCE;
 
 /// A cluster on a port of its own; not running at first.
-#[derive(Debug)]
 pub struct DedicatedCluster {
     directory: PathBuf,
     /// Removed with it.
     temporary: Option<TempDir>,
-    port: u16,
+    port: Port,
     server: Option<Process>,
     tls: bool,
 }
@@ -49,7 +47,7 @@ impl DedicatedCluster {
         DedicatedCluster {
             directory,
             temporary: None,
-            port: free_port(),
+            port: Port::take(),
             server: None,
             tls: false,
         }
@@ -87,12 +85,12 @@ impl DedicatedCluster {
     }
 
     pub fn port(&self) -> u16 {
-        self.port
+        self.port.number()
     }
 
     /// Of the default database, whether the server runs or not.
     pub fn url(&self) -> String {
-        format!("postgres://test@127.0.0.1:{}/postgres", self.port)
+        format!("postgres://test@127.0.0.1:{}/postgres", self.port())
     }
 
     /// Makes a standby of a running server without starting it; it gets all that is committed
@@ -113,7 +111,7 @@ impl DedicatedCluster {
                 "-c",
                 "fast",
             ])
-            .args(["--no-sync", "-p", &primary.port.to_string(), "-D"])
+            .args(["--no-sync", "-p", &primary.port().to_string(), "-D"])
             .arg(directory.join("data"))
             .current_dir(&directory)
             .output()
@@ -123,7 +121,7 @@ impl DedicatedCluster {
         DedicatedCluster {
             directory,
             temporary: Some(temporary),
-            port: free_port(),
+            port: Port::take(),
             server: None,
             tls: false,
         }
@@ -156,7 +154,7 @@ impl DedicatedCluster {
                 .args(["-c", "unix_socket_directories="])
                 .args(["-c", "fsync=off"])
                 .args(["-c", if self.tls { "ssl=on" } else { "ssl=off" }])
-                .args(["-p", &self.port.to_string()])
+                .args(["-p", &self.port().to_string()])
                 .args(settings.iter().flat_map(|setting| ["-c", setting]))
                 .current_dir(&self.directory),
         );
@@ -229,12 +227,4 @@ fn children(parent: u32) -> Vec<u32> {
     let children = std::fs::read_to_string(&path).expect(&path);
     let children = children.split_whitespace();
     children.filter_map(|child| child.parse().ok()).collect()
-}
-
-/// A port below those that the system hands out by itself: it stays free while the server is down.
-fn free_port() -> u16 {
-    std::iter::repeat_with(|| fastrand::u16(20_000..30_000))
-        .take(100)
-        .find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok())
-        .expect("a free port")
 }

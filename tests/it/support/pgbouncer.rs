@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use postgres::{Client, NoTls};
 use tempfile::TempDir;
 
-use super::postgres::{TestDb, free_port, give_to_server_account, run_until_we_end};
+use super::postgres::{Port, TestDb, give_to_server_account, run_until_we_end};
 
 /// Server connections: fewer than the clients have, so that they must share.
 const POOL_SIZE: u32 = 3;
@@ -17,7 +17,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct Pgbouncer {
     url: String,
     guard: Child,
-    port: u16,
+    /// Kept over a restart.
+    port: Option<Port>,
     server: (String, u16),
     mode: &'static str,
 }
@@ -37,7 +38,7 @@ impl Pgbouncer {
         for _ in 0..5 {
             // Someone else may take the port first.
             let server = (database.name().to_owned(), database.port());
-            if let Some(running) = Pgbouncer::try_start(server, free_port(), mode) {
+            if let Some(running) = Pgbouncer::try_start(server, Port::take(), mode) {
                 return running;
             }
         }
@@ -48,15 +49,16 @@ impl Pgbouncer {
     pub fn restart(&mut self) {
         self.end();
         let server = self.server.clone();
-        let restarted = Pgbouncer::try_start(server, self.port, self.mode);
+        let port = self.port.take().expect("the port of one that is running");
+        let restarted = Pgbouncer::try_start(server, port, self.mode);
         *self = restarted.expect("pgbouncer starts again");
     }
 
-    fn try_start(server: (String, u16), port: u16, mode: &'static str) -> Option<Pgbouncer> {
+    fn try_start(server: (String, u16), port: Port, mode: &'static str) -> Option<Pgbouncer> {
         let directory = TempDir::new().expect("temporary directory");
         give_to_server_account(directory.path());
         let configuration = directory.path().join("pgbouncer.ini");
-        fs::write(&configuration, ini(&server, port, mode)).expect("write pgbouncer.ini");
+        fs::write(&configuration, ini(&server, port.number(), mode)).expect("write pgbouncer.ini");
         give_to_server_account(&configuration);
         // The server account's shell removes the directory: this process may be killed.
         let _ = directory.keep();
@@ -65,11 +67,11 @@ impl Pgbouncer {
                kill -9 $!; rm -rf "${0%/*}""#,
             &[&configuration],
         );
-        let url = format!("postgres://test@127.0.0.1:{port}/{}", server.0);
+        let url = format!("postgres://test@127.0.0.1:{}/{}", port.number(), server.0);
         let running = Pgbouncer {
             url,
             guard,
-            port,
+            port: Some(port),
             server,
             mode,
         };

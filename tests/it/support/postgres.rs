@@ -4,7 +4,8 @@
 //! whatever way, stops it and removes its directory.
 
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use postgres::{Client, NoTls};
 use rustix::process::geteuid;
+use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 
 /// A running server.
@@ -56,10 +58,10 @@ impl Cluster {
         assert!(initdb.status.success(), "initdb: {errors}");
         for _ in 0..5 {
             // Someone else may take the port before the server does.
-            let port = free_port();
-            if start_server(&directory, port) {
+            let port = Port::take();
+            if start_server(&directory, port.number()) {
                 return Cluster {
-                    port,
+                    port: port.number(),
                     _guard: guard,
                 };
             }
@@ -221,10 +223,35 @@ fn server_account() -> Option<(u32, u32)> {
     ))
 }
 
-/// A port below those that the system hands out by itself, so that it stays free for a while.
-pub fn free_port() -> u16 {
-    std::iter::repeat_with(|| fastrand::u16(20_000..30_000))
-        .take(100)
-        .find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok())
-        .expect("a free port")
+/// A port that nobody else here takes for as long as this is there, whether something listens on it
+/// or not.
+pub struct Port {
+    number: u16,
+    _held: Socket,
+}
+
+impl Port {
+    /// One below those that the system hands out by itself.
+    pub fn take() -> Port {
+        std::iter::repeat_with(|| fastrand::u16(20_000..30_000))
+            .take(100)
+            .find_map(|number| Port::try_take(number).ok())
+            .expect("a free port")
+    }
+
+    fn try_take(number: u16) -> io::Result<Port> {
+        let held = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        // Refused also if somebody else only holds it.
+        held.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, number)).into())?;
+        // From here on a server may listen on it, as all servers set this.
+        held.set_reuse_address(true)?;
+        Ok(Port {
+            number,
+            _held: held,
+        })
+    }
+
+    pub fn number(&self) -> u16 {
+        self.number
+    }
 }
