@@ -19,7 +19,7 @@
 //! 2. The outside: [`queue`] (the [`queue::Store`] contract, its two stores, and the threads
 //!    that write, claim and settle), [`upstream`] (the destination).
 //! 3. The pipeline: [`admission`], [`direct`], [`worker`], [`intake`], [`control`], [`drain`].
-//! 4. What all use: [`metrics`], [`status`], [`progress`], [`systemd`], [`logger`], [`thread`], [`budget`], [`descriptors`].
+//! 4. What all use: [`metrics`], [`status`], [`progress`], [`systemd`], [`logger`], [`thread`], [`budget`], [`allocator`], [`machine`], [`descriptors`].
 //! 5. The whole: [`config`], [`cli`], [`app`].
 //!
 //! # Invariants
@@ -37,6 +37,7 @@
 //! - Header values and bodies reach no log.
 
 pub mod admission;
+pub mod allocator;
 pub mod app;
 pub mod breaker;
 pub mod budget;
@@ -49,6 +50,7 @@ pub mod drain;
 pub mod intake;
 pub mod limiter;
 pub mod logger;
+pub mod machine;
 pub mod metrics;
 pub mod progress;
 pub mod queue;

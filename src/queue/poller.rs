@@ -302,9 +302,11 @@ impl Poller {
         false
     }
 
-    /// Body bytes that may be claimed: half of the memory is left to what comes in.
+    /// Bytes that may be claimed at once: half of the memory is left to what comes in, and as
+    /// much as is claimed is held twice while it is read.
     fn bytes_max(&self) -> usize {
-        (self.budget.limit_bytes() / 2).saturating_sub(self.budget.held_bytes())
+        let left = (self.budget.limit_bytes() / 2).saturating_sub(self.budget.held_bytes());
+        left.min(self.budget.batch_bytes_max())
     }
 
     /// Claims rows of both classes: of those that were retried at most half, and not more than
@@ -340,7 +342,10 @@ impl Poller {
     fn claim(&self, class: Class, limit: usize) -> Looked {
         // The lease begins no sooner than this.
         let (lease, send_until) = lease(self.request_timeout);
-        let result = self.store.claim(class, limit, self.bytes_max(), lease);
+        let bytes_max = self.bytes_max();
+        // Counted before it is there: as it is read, and as it then is.
+        let _copies = self.budget.copying(2 * bytes_max);
+        let result = self.store.claim(class, limit, bytes_max, lease);
         let Ok(claim) = self.health.note("claim", result, &self.metrics) else {
             return Looked::default();
         };
@@ -351,8 +356,10 @@ impl Poller {
             #[expect(clippy::cast_precision_loss, reason = "at most BATCH_ROWS_MAX")]
             self.metrics.batch_claim.observe(count as f64);
         }
+        let mut bytes = 0;
         for row in claim.rows {
-            let permit = self.budget.holding(row.request.body.len());
+            bytes += row.request.bytes();
+            let permit = self.budget.holding(row.request.bytes());
             self.room.enter(class);
             let delivery = Delivery::claimed(row, permit, send_until);
             // The channel has room for all that `room` admits. With no worker left the row is
@@ -363,7 +370,8 @@ impl Poller {
         }
         Looked {
             claimed: count,
-            is_more: count == limit && limit > 0,
+            // Where it was the bytes that ended it, not the rows, half of them are mostly there.
+            is_more: count > 0 && (count == limit || bytes > bytes_max / 2),
             held_back: claim.held_back,
         }
     }

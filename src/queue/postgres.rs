@@ -114,7 +114,8 @@ impl PostgresStore {
         timeout: Duration,
         operation: impl Fn(&mut Client) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, StoreError> {
-        self.connections.run(timeout, operation, |_, _| Ok(()))
+        self.connections
+            .run(timeout, operation, |_| 0, |_, _| Ok(()))
     }
 }
 
@@ -139,7 +140,13 @@ pub fn version(server: &PostgresServer, timeout: Duration) -> Result<Version, St
 impl Store for PostgresStore {
     fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
         let rows = rows.to_vec();
-        self.run(self.append_timeout, move |client| append(client, &rows))
+        let bytes = rows.iter().map(|row| row.request.bytes()).sum();
+        self.connections.run(
+            self.append_timeout,
+            move |client| append(client, &rows),
+            move |()| bytes,
+            |_, ()| Ok(()),
+        )
     }
 
     fn claim(
@@ -163,6 +170,7 @@ impl Store for PostgresStore {
                     (limit, bytes_max, lease),
                 )
             },
+            |claim| claim.rows.iter().map(|row| row.request.bytes()).sum(),
             |client, unwanted| {
                 let mut outcomes = Outcomes::default();
                 for row in &unwanted.rows {
@@ -268,8 +276,7 @@ fn claim(
     (limit, bytes_max, lease): (usize, usize, Duration),
 ) -> Result<Claim, Fault> {
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-    // Nothing comes before the first, which is so taken in any case.
-    let bytes_max = i64::try_from(bytes_max.max(1)).unwrap_or(i64::MAX);
+    let bytes_max = i64::try_from(bytes_max).unwrap_or(i64::MAX);
     let lease = to_seconds(lease);
     let begun = Instant::now();
     let from = start.and_then(|start| start.get(begun));

@@ -15,7 +15,8 @@ use uuid::Uuid;
 use super::health::StoreHealth;
 use super::poller::Wake;
 use super::sqlite::{SpoolPosition, SqliteStore};
-use super::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow, Store, StoreError};
+use super::{BATCH_ROWS_MAX, Fate, NewRow, Store, StoreError};
+use crate::budget::Budget;
 use crate::logger::LogLimit;
 use crate::metrics::Metrics;
 
@@ -141,6 +142,7 @@ pub struct Mover {
     pub store: Arc<dyn Store>,
     pub health: Arc<StoreHealth>,
     pub metrics: Arc<Metrics>,
+    pub budget: Arc<Budget>,
     pub filled: Receiver<()>,
     pub wake: Wake,
     /// Closed to make it end.
@@ -174,10 +176,10 @@ impl Mover {
             if self.stop.try_recv() == Err(crossbeam_channel::TryRecvError::Disconnected) {
                 return None;
             }
-            let oldest = self
-                .spool
-                .file
-                .oldest(position, BATCH_ROWS_MAX, BATCH_BYTES_MAX);
+            let oldest =
+                self.spool
+                    .file
+                    .oldest(position, BATCH_ROWS_MAX, self.budget.batch_bytes_max());
             let rows = match oldest {
                 Ok(rows) => rows,
                 Err(error) => {
@@ -196,6 +198,9 @@ impl Mover {
             };
             position = *last;
             let rows: Vec<_> = rows.into_iter().map(|(_, row)| row).collect();
+            let bytes: usize = rows.iter().map(|row| row.request.bytes()).sum();
+            // Themselves, and what a statement makes of them.
+            let _copies = self.budget.copying(3 * bytes);
             match self.move_batch(&rows) {
                 Ok(count) => {
                     moved += count;

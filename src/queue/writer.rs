@@ -2,8 +2,7 @@
 //! releases everyone who waits for it. Under load a commit carries hundreds of rows; idle, it
 //! carries one at once.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -12,16 +11,22 @@ use super::health::StoreHealth;
 use super::poller::Wake;
 use super::spool::Spool;
 use super::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow, Store, StoreError};
+use crate::budget::{Budget, Copies};
 use crate::metrics::Metrics;
 use crate::progress::Stage;
 
 /// A row on its way to the store, and whoever waits for it.
 #[derive(Debug)]
 struct Append {
-    row: NewRow,
-    /// Set by whoever comes first: the writer that starts on it, or the waiter who gives up.
-    taken: Arc<AtomicBool>,
+    /// Taken by whoever comes first: the writer that starts on it, or the waiter who gives up.
+    /// What nobody waits for any more is held no longer, however many of these there are.
+    row: Arc<Mutex<Option<NewRow>>>,
+    bytes: usize,
     committed: Sender<Committed>,
+}
+
+fn take(row: &Mutex<Option<NewRow>>) -> Option<NewRow> {
+    row.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 type Committed = Result<Place, StoreError>;
@@ -87,11 +92,12 @@ impl Appender {
             return Err(fault);
         }
         let deadline = Instant::now() + self.timeout;
-        let taken = Arc::new(AtomicBool::new(false));
+        let bytes = row.request.bytes();
+        let row = Arc::new(Mutex::new(Some(row)));
         let (committed, answer) = bounded(1);
         let append = Append {
-            row,
-            taken: Arc::clone(&taken),
+            row: Arc::clone(&row),
+            bytes,
             committed,
         };
         let late = || StoreError::Unavailable(format!("no commit within {:?}", self.timeout));
@@ -100,7 +106,7 @@ impl Appender {
             .map_err(|_| late())?;
         answer.recv_deadline(deadline).unwrap_or_else(|_| {
             // Not started on: it never will be. Else its end is not known.
-            taken.store(true, Ordering::Relaxed);
+            take(&row);
             Err(late())
         })
     }
@@ -116,6 +122,8 @@ pub struct Writer {
     pub wake: Wake,
     /// At work while rows are committed.
     pub stage: Arc<Stage>,
+    /// Tells how large a batch may be; without one, [`BATCH_BYTES_MAX`].
+    pub budget: Option<Arc<Budget>>,
     appends: Receiver<Append>,
 }
 
@@ -143,6 +151,7 @@ impl Writer {
             metrics,
             wake,
             stage: Arc::default(),
+            budget: None,
             appends: receiver,
         };
         (writer, appender)
@@ -150,31 +159,46 @@ impl Writer {
 
     /// Runs until the last [`Appender`] is gone and all it has sent is stored.
     pub fn run(self) {
-        while let Ok(first) = self.appends.recv() {
-            let (rows, waiting) = self.gather(first);
+        let mut next = None;
+        while let Some(first) = next.take().or_else(|| self.appends.recv().ok()) {
+            let (rows, waiting, left) = self.gather(first);
+            next = left;
             if !rows.is_empty() {
                 let _work = self.stage.work();
+                let _copies = self.copies(&rows);
                 self.commit(&rows, &waiting);
             }
         }
     }
 
-    fn gather(&self, first: Append) -> (Vec<NewRow>, Vec<Sender<Committed>>) {
+    /// A statement is written down, and then once more on its way to the server.
+    fn copies(&self, rows: &[NewRow]) -> Option<Copies> {
+        let bytes: usize = rows.iter().map(|row| row.request.bytes()).sum();
+        let budget = self.budget.as_ref()?;
+        Some(budget.copying(2 * bytes))
+    }
+
+    /// A batch, who waits for it, and what did not fit into it any more.
+    fn gather(&self, first: Append) -> (Vec<NewRow>, Vec<Sender<Committed>>, Option<Append>) {
+        let budget = self.budget.as_ref();
+        let bytes_max = budget.map_or(BATCH_BYTES_MAX, |budget| budget.batch_bytes_max());
         let (mut rows, mut waiting, mut bytes) = (Vec::new(), Vec::new(), 0);
         for append in std::iter::once(first).chain(self.appends.try_iter()) {
-            if append.taken.swap(true, Ordering::Relaxed) {
+            if !rows.is_empty() && bytes + append.bytes > bytes_max {
+                return (rows, waiting, Some(append));
+            }
+            let Some(row) = take(&append.row) else {
                 // Its waiter has given up and found another way.
                 continue;
-            }
-            let request = &append.row.request;
-            bytes += request.body.len() + request.headers.as_bytes().len() + request.target.len();
-            rows.push(append.row);
+            };
+            bytes += append.bytes;
+            rows.push(row);
             waiting.push(append.committed);
-            if rows.len() >= BATCH_ROWS_MAX || bytes >= BATCH_BYTES_MAX {
+            if rows.len() >= BATCH_ROWS_MAX {
                 break;
             }
         }
-        (rows, waiting)
+        (rows, waiting, None)
     }
 
     fn commit(&self, rows: &[NewRow], waiting: &[Sender<Committed>]) {

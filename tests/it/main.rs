@@ -38,6 +38,7 @@ mod intake;
 mod kills;
 mod listening;
 mod log;
+mod memory;
 mod metrics;
 mod migrate;
 mod model;

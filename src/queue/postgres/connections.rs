@@ -21,7 +21,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, SendError, Sender, TrySendEr
 use r2d2::{ManageConnection, NopErrorHandler, Pool};
 use r2d2_postgres::PostgresConnectionManager;
 
-use super::super::StoreError;
+use super::super::{BATCH_BYTES_MAX, StoreError};
 use super::schema;
 #[cfg(feature = "tls")]
 use super::tls::Connector;
@@ -35,6 +35,10 @@ const CHECKOUT_TIMEOUT_MAX: Duration = Duration::from_secs(1);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 3;
+/// The client library keeps the buffers of the largest operation: one for what it sends, one on the
+/// way to the socket and one for what it gets. A connection that has carried more, so one large
+/// request, is closed.
+const KEPT_BYTES_MAX: usize = BATCH_BYTES_MAX;
 /// The library's default, which stands for "not set".
 const KEEPALIVE_IDLE_DEFAULT: Duration = Duration::from_secs(2 * 60 * 60);
 
@@ -111,11 +115,12 @@ impl Connections {
 
     /// Runs `operation` for `timeout` at most, again on another connection if the one it got had died while idle: so
     /// it must be one that may be repeated. If the caller has gone when it succeeds,
-    /// `undo` gets the result nobody waits for.
+    /// `undo` gets the result nobody waits for. `bytes` tells how many it sent or got.
     pub(super) fn run<T: Send + 'static>(
         &self,
         timeout: Duration,
         operation: impl Fn(&mut Client) -> Result<T, Fault> + Send + 'static,
+        bytes: impl Fn(&T) -> usize + Send + 'static,
         undo: impl Fn(&mut Client, &T) -> Result<(), Fault> + Send + 'static,
     ) -> Result<T, StoreError> {
         let deadline = Instant::now() + timeout;
@@ -127,10 +132,10 @@ impl Connections {
             move || !caller_has_gone.load(Ordering::Acquire)
         };
         let job = Box::new(move |shared: &Shared| {
-            let result = shared.run(&operation, &is_wanted);
+            let result = shared.run(&operation, &bytes, &is_wanted);
             if let Err(SendError(Ok(unwanted))) = answer.send(result) {
                 // Best effort: what is not undone is a lease, and ends by itself.
-                let _ = shared.run(&|client| undo(client, &unwanted), &|| true);
+                let _ = shared.run(&|client| undo(client, &unwanted), &|()| 0, &|| true);
             }
         });
         self.hand_over(job, deadline)?;
@@ -195,6 +200,7 @@ impl Shared {
     fn run<T>(
         &self,
         operation: &dyn Fn(&mut Client) -> Result<T, Fault>,
+        bytes: &dyn Fn(&T) -> usize,
         is_wanted: &dyn Fn() -> bool,
     ) -> Result<T, StoreError> {
         let asked_at = Instant::now();
@@ -210,7 +216,10 @@ impl Shared {
                 }
             });
             let fault = match result {
-                Ok(value) => return Ok(value),
+                Ok(value) => {
+                    link.broken = bytes(&value) > KEPT_BYTES_MAX;
+                    return Ok(value);
+                }
                 Err(fault) => fault,
             };
             link.broken = is_broken(&fault);
@@ -263,7 +272,7 @@ pub(super) fn connect(server: &PostgresServer, timeout: Duration) -> Result<Clie
     })
 }
 
-/// A connection. Dropped, not reused, once it is `broken`.
+/// A connection. Dropped, not reused, once it is `broken`, or has grown too large.
 struct Link {
     client: Client,
     opened_at: Instant,
