@@ -238,3 +238,73 @@ impl Writer {
         spool.append(rows).map(|()| Place::Spool)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::queue::sqlite::SqliteStore;
+    use crate::request::{Peer, Request};
+
+    /// Over a store that is never opened.
+    fn writer(timeout: Duration) -> (Writer, Appender) {
+        let store = SqliteStore::new("nowhere/queue.sqlite".into(), true, timeout);
+        Writer::new(
+            Arc::new(store),
+            None,
+            Arc::default(),
+            Arc::new(Metrics::new(1).unwrap()),
+            Wake::new().0,
+            timeout,
+        )
+    }
+
+    fn row(body_bytes: usize) -> NewRow {
+        let (fields, body) = (std::iter::empty(), vec![b'x'; body_bytes]);
+        let now = SystemTime::UNIX_EPOCH;
+        let request = Request::record("POST", "/", fields, Peer::default(), body, now);
+        NewRow {
+            request: Arc::new(request.unwrap()),
+            attempt: 0,
+            fate: Fate::Leased(Duration::ZERO),
+        }
+    }
+
+    #[test]
+    fn what_nobody_waits_for_any_more_is_not_held() {
+        let (writer, appender) = writer(Duration::from_millis(1));
+        let row = row(1);
+        for _ in 0..3 {
+            assert!(appender.append(row.clone()).is_err());
+        }
+        assert_eq!(Arc::strong_count(&row.request), 1);
+        let first = writer.appends.recv().unwrap();
+        let (rows, waiting, left) = writer.gather(first);
+        assert!(rows.is_empty() && waiting.is_empty() && left.is_none());
+    }
+
+    #[test]
+    fn no_batch_of_several_rows_is_larger_than_it_may_be() {
+        let (mut writer, appender) = writer(Duration::ZERO);
+        // 256 KiB for a batch.
+        writer.budget = Some(Budget::new(0));
+        let sizes = [100_000, 100_000, 100_000, 1_000_000, 1, 1];
+        for row in sizes.map(row) {
+            let append = Append {
+                bytes: row.request.bytes(),
+                row: Arc::new(Mutex::new(Some(row))),
+                committed: bounded(1).0,
+            };
+            appender.appends.send(append).unwrap();
+        }
+        let (mut batches, mut next) = (Vec::new(), None);
+        while let Some(first) = next.take().or_else(|| writer.appends.try_recv().ok()) {
+            let (rows, waiting, left) = writer.gather(first);
+            assert_eq!(rows.len(), waiting.len());
+            batches.push(rows.len());
+            next = left;
+        }
+        assert_eq!(batches, [2, 1, 1, 2]);
+    }
+}
