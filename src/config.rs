@@ -22,6 +22,7 @@ pub use raw::ConfigError;
 pub use secrets::ExposedSecret;
 pub use values::{duration as parse_duration, positive_duration as parse_positive_duration};
 
+use crate::machine;
 use crate::queue::migrate::Policy;
 use crate::regular_file;
 use crate::settle::RetryPolicy;
@@ -79,7 +80,7 @@ settings! {
     "server.read_timeout" = "5s", "a duration", "time for a whole request to come in (builtin only)";
     "server.idle_timeout" = "60s", "a duration", "time a connection may be idle between requests (builtin only)";
     "server.max_body_size" = "10MiB", "a size", "larger bodies are refused with 413";
-    "server.memory_limit" = "256MiB", "a size", "bodies held in memory, over all stages; past three quarters all requests are stored, past it they are refused with 503";
+    "server.memory_limit" = "auto", "auto or a size", "requests held in memory, over all stages; past three quarters all are stored, past it they are refused with 503; `auto`: a quarter of the memory there is, from 16MiB to 256MiB";
     "metrics.bind" = ":8081", "an address", "where metrics and health are served, as `server.bind`";
     "metrics.path" = "/metrics", "a path", "path of the metrics";
     "metrics.max_paths" = "50", "a whole number", "distinct `path` labels; the rest is `other`";
@@ -336,11 +337,12 @@ impl Config {
             )
         };
         if server.memory_limit < server.max_body_size {
-            return Err(compared(
-                "server.memory_limit",
-                "server.max_body_size",
-                "at least",
-            ));
+            let other = "server.max_body_size";
+            let mut error = compared("server.memory_limit", other, "at least");
+            if let Some(limit) = self.automatic_limit() {
+                error.0.push_str(&format!(", which is {limit} here"));
+            }
+            return Err(error);
         }
         if queue.retry.backoff_max < queue.retry.backoff_min {
             return Err(compared(
@@ -369,6 +371,12 @@ impl Config {
             "db.connection_string" => database::masked(&self.db.database),
             key => self.raw.shown(key).to_owned(),
         }
+    }
+
+    /// What `server.memory_limit` comes to where it says `auto`.
+    fn automatic_limit(&self) -> Option<String> {
+        let is_automatic = self.raw.text("server.memory_limit") == "auto";
+        is_automatic.then(|| format!("{}MiB", self.server.memory_limit >> 20))
     }
 
     /// What `newer` has that this has not.
@@ -419,7 +427,12 @@ impl Config {
                 "queue.give_up_statuses" => format!("[{}]", values::without_brackets(&text)),
                 _ => in_yaml(&text),
             };
-            let _ = writeln!(yaml, "  {name}: {value}");
+            let comment = match setting.key {
+                "server.memory_limit" => self.automatic_limit(),
+                _ => None,
+            };
+            let comment = comment.map_or_else(String::new, |limit| format!(" # {limit}"));
+            let _ = writeln!(yaml, "  {name}: {value}{comment}");
         }
         yaml
     }
@@ -469,7 +482,9 @@ fn server(raw: &Raw) -> Result<Server, ConfigError> {
         read_timeout: raw.get("server.read_timeout", values::positive_duration)?,
         idle_timeout: raw.get("server.idle_timeout", values::positive_duration)?,
         max_body_size: raw.get("server.max_body_size", values::body_size)?,
-        memory_limit: raw.get("server.memory_limit", values::size)?,
+        memory_limit: raw.get("server.memory_limit", |text| {
+            values::memory_limit(text, machine::memory)
+        })?,
     })
 }
 

@@ -20,7 +20,7 @@
 //!    that write, claim and settle), [`upstream`] (the destination).
 //! 3. The pipeline: [`admission`], [`direct`], [`worker`], [`intake`], [`control`], [`drain`].
 //! 4. What all use: [`metrics`], [`status`], [`progress`], [`systemd`], [`logger`], [`lines`], [`printable`], [`thread`],
-//!    [`budget`], [`descriptors`], [`regular_file`].
+//!    [`budget`], [`allocator`], [`machine`], [`descriptors`], [`regular_file`].
 //! 5. The whole: [`config`], [`cli`], [`app`].
 //!
 //! # Invariants
@@ -39,6 +39,7 @@
 //! - Header values and bodies reach no log.
 
 pub mod admission;
+pub mod allocator;
 pub mod app;
 pub mod breaker;
 pub mod budget;
@@ -52,6 +53,7 @@ pub mod intake;
 pub mod limiter;
 pub mod lines;
 pub mod logger;
+pub mod machine;
 pub mod metrics;
 pub mod printable;
 pub mod progress;

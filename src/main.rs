@@ -10,7 +10,7 @@ use asyncproxy::cli::doctor::{self, Doctor};
 use asyncproxy::cli::migrate::Migrate;
 use asyncproxy::cli::{self, Command, Failure};
 use asyncproxy::config::Config;
-use asyncproxy::{app, logger};
+use asyncproxy::{allocator, app, logger};
 
 /// Could not start or go on, or lost something.
 const FAILED: i32 = 1;
@@ -18,6 +18,7 @@ const FAILED: i32 = 1;
 const MISUSED: i32 = 2;
 
 fn main() {
+    allocator::configure();
     let status = match cli::parse(std::env::args_os().skip(1)) {
         Err(error) => complain(error, MISUSED),
         Ok(Command::Help) => print(cli::HELP),

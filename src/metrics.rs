@@ -197,7 +197,7 @@ impl Metrics {
             )?,
             breaker: make.breaker()?,
             spool: make.spool()?,
-            held_bytes: make.gauge("asyncproxy_held_bytes", "Body bytes held in memory.")?,
+            held_bytes: make.gauge("asyncproxy_held_bytes", "Bytes of requests held in memory.")?,
             store_up: make.gauge("asyncproxy_store_up", "1 while the store works, else 0.")?,
             store_errors: make.counter(
                 "asyncproxy_store_errors_total",

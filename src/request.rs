@@ -132,6 +132,11 @@ impl Request {
         })
     }
 
+    /// What it takes of the memory, but for a few small things.
+    pub fn bytes(&self) -> usize {
+        self.body.len() + self.headers.as_bytes().len() + self.target.len()
+    }
+
     /// The path without the query: what metrics are labelled with.
     pub fn path(&self) -> &str {
         path_of(&self.target)

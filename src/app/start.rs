@@ -13,6 +13,7 @@ use socket2::Socket;
 use super::stage::Stage;
 use super::{Listeners, RunError, Running, cannot_start, is_handed_over, mark, spawn};
 use crate::admission::{Admission, Committing};
+use crate::allocator;
 use crate::budget::Budget;
 use crate::config::{Acceptor as AcceptorKind, Ack, Config, shown_address};
 use crate::control::{self, Control};
@@ -86,6 +87,7 @@ impl Running {
             start_mover(&stage, spool, filled, &wake, (&stop, config.db.timeout))?;
         }
         let beating = start_heartbeat(&stage, &wake)?;
+        start_giving_back(&stage, &stop)?;
         let room = Arc::new(Room::new(config.queue.workers, wake));
         let places = Arc::new(Places::new(config.proxy.num_clients));
         let (direct_sender, direct) = start_direct(config, &stage)?;
@@ -195,6 +197,13 @@ impl Running {
     }
 }
 
+fn start_giving_back(stage: &Stage, stop: &Receiver<()>) -> Result<(), RunError> {
+    let (freed, stop) = (stage.budget.freed().clone(), stop.clone());
+    spawn(&stage.threads, "memory", move || {
+        allocator::run(&freed, &stop);
+    })
+}
+
 /// The channel of direct requests.
 fn start_direct(
     config: &Config,
@@ -231,7 +240,7 @@ fn start_store_threads(
         threads,
         ..
     } = stage;
-    let (writer, appender) = Writer::new(
+    let (mut writer, appender) = Writer::new(
         Arc::clone(store),
         stage.spool.clone(),
         Arc::clone(health),
@@ -239,6 +248,7 @@ fn start_store_threads(
         wake.clone(),
         config.db.timeout,
     );
+    writer.budget = Some(Arc::clone(&stage.budget));
     let limit = store_limit(config);
     stage
         .progress
@@ -296,6 +306,7 @@ fn start_mover(
         store: Arc::clone(&stage.store),
         health: Arc::clone(&stage.health),
         metrics: Arc::clone(&stage.metrics),
+        budget: Arc::clone(&stage.budget),
         filled,
         wake: wake.clone(),
         stop: stop.clone(),

@@ -142,7 +142,20 @@ fn errors_name_the_setting_the_value_and_what_is_accepted() {
         ),
         (
             "server: {max_body_size: 300MiB}",
-            &["server.memory_limit", "server.max_body_size"],
+            &[
+                "server.memory_limit",
+                "server.max_body_size",
+                "got auto, which is",
+                "MiB here",
+            ],
+        ),
+        (
+            "server: {max_body_size: 3MiB, memory_limit: 2MiB}",
+            &["server.memory_limit", "server.max_body_size", "got 2MiB"],
+        ),
+        (
+            "server: {memory_limit: most}",
+            &["server.memory_limit", "auto, or a size", "\"most\""],
         ),
         (
             "server: {bind: 'unix:/a', acceptor: tiny_http}",

@@ -93,6 +93,27 @@ pub(super) fn size(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "a size such as 512KiB, 10MiB or 1GiB".to_owned())
 }
 
+/// What `server.memory_limit: auto` may come to. Less would be below `server.max_body_size` as it is
+/// shipped, and more is for those who know that they need it.
+const AUTO_LIMIT_MIN: usize = 16 << 20;
+const AUTO_LIMIT_MAX: usize = 256 << 20;
+
+/// A size, or `auto`: a quarter of the memory that is there, in whole MiB.
+///
+/// # Errors
+/// What it must be.
+pub(super) fn memory_limit(
+    text: &str,
+    there: impl FnOnce() -> Option<u64>,
+) -> Result<usize, String> {
+    if text != "auto" {
+        return size(text).map_err(|size| format!("auto, or {size}"));
+    }
+    let quarter = there().and_then(|bytes| usize::try_from(bytes / 4).ok());
+    let quarter = quarter.unwrap_or(AUTO_LIMIT_MAX) >> 20 << 20;
+    Ok(quarter.clamp(AUTO_LIMIT_MIN, AUTO_LIMIT_MAX))
+}
+
 /// The size of a body. Stores take no value of a gigabyte.
 ///
 /// # Errors
@@ -262,6 +283,26 @@ mod tests {
             "18446744073709551615GiB",
         ] {
             assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_automatic_limit_is_a_quarter_within_bounds() {
+        let auto = |there| memory_limit("auto", || there);
+        for (there, limit) in [
+            (0, 16 << 20),
+            (64 << 20, 16 << 20),
+            ((512 << 20) + 12_345, 128 << 20),
+            (1 << 30, 256 << 20),
+            (u64::MAX, 256 << 20),
+        ] {
+            assert_eq!(auto(Some(there)), Ok(limit), "{there}");
+        }
+        assert_eq!(auto(None), Ok(256 << 20));
+        assert_eq!(memory_limit("1MiB", || unreachable!()), Ok(1 << 20));
+        for text in ["Auto", "automatic", "", "25%"] {
+            let error = memory_limit(text, || None).unwrap_err();
+            assert!(error.starts_with("auto, or a size"), "{error}");
         }
     }
 

@@ -177,7 +177,11 @@ impl Acceptor {
         match announced {
             Some(bytes) if body.len() < bytes => Err(Answer::CutShort),
             None if body.len() > limit => Err(Answer::TooLarge),
-            _ => Ok(body),
+            _ => {
+                // What is counted is what is held.
+                body.shrink_to_fit();
+                Ok(body)
+            }
         }
     }
 

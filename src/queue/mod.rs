@@ -34,7 +34,7 @@ use crate::settle::{Failure, Verdict};
 /// Rows in one claim, one insert or one settlement, at most.
 pub const BATCH_ROWS_MAX: usize = 500;
 
-/// Body and header bytes after which a batch takes no more rows.
+/// Body and header bytes that a batch has at most, but for one of a single row.
 pub const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// Probes are looked for among so many rows: what that costs does not grow with the queue.
@@ -74,8 +74,9 @@ pub trait Store: fmt::Debug + Send + Sync {
     fn present(&self, ids: &[Uuid]) -> Result<HashSet<Uuid>, StoreError>;
 
     /// Leases up to `limit` rows of a class that are due, oldest due first (in any order without
-    /// `db.use_index`): counts the attempt and hides the row for `lease`. Takes no further row
-    /// once their bodies have `bytes_max` bytes together; the first is taken in any case.
+    /// `db.use_index`): counts the attempt and hides the row for `lease`. Takes no more
+    /// rows than have `bytes_max` bytes together (see [`Request::bytes`]); the first is taken in
+    /// any case.
     /// A row that cannot be read is moved to the dead letters instead. Nothing while the queue is
     /// paused.
     ///

@@ -20,6 +20,7 @@ use super::poller::Wake;
 use super::spool::Spool;
 use super::sqlite::SpoolPosition;
 use super::{BATCH_BYTES_MAX, Fate, NewRow, Store, StoreError};
+use crate::budget::Budget;
 use crate::logger::LogLimit;
 use crate::metrics::Metrics;
 use crate::settle::Failure;
@@ -47,6 +48,7 @@ pub struct Mover {
     pub store: Arc<dyn Store>,
     pub health: Arc<StoreHealth>,
     pub metrics: Arc<Metrics>,
+    pub budget: Arc<Budget>,
     pub filled: Receiver<()>,
     pub wake: Wake,
     /// Closed to make it end.
@@ -129,7 +131,8 @@ impl Mover {
             if self.stop.try_recv() == Err(TryRecvError::Disconnected) {
                 return None;
             }
-            let Ok(rows) = self.spool.oldest(position, course.bytes_max) else {
+            let bytes_max = course.bytes_max.min(self.budget.batch_bytes_max());
+            let Ok(rows) = self.spool.oldest(position, bytes_max) else {
                 return Some(REFUSED_PAUSE);
             };
             let Some((last, _)) = rows.last() else {
@@ -143,6 +146,9 @@ impl Mover {
             is_held_back |= !held.is_empty();
             let is_aside = |row: &NewRow| course.aside.contains(&row.request.id);
             let rows: Vec<_> = rows.into_iter().filter(|row| !is_aside(row)).collect();
+            let bytes: usize = rows.iter().map(|row| row.request.bytes()).sum();
+            // Themselves, and what a statement makes of them.
+            let _copies = self.budget.copying(3 * bytes);
             if let Err(error) = self.move_batch(&rows, course) {
                 self.spool.count();
                 return Some(match error.is_outage() {

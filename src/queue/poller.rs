@@ -14,7 +14,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use super::health::StoreHealth;
 use super::probes::Probes;
 use super::shares::{Got, Looked, Shares};
-use super::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, ByClass, Claim, Class, Probe, Store, StoreError};
+use super::{BATCH_ROWS_MAX, ByClass, Claim, Class, Probe, Store, StoreError};
 use crate::breaker::{Destination, Pace};
 use crate::budget::Budget;
 use crate::limiter::TokenBucket;
@@ -315,9 +315,11 @@ impl Poller {
         false
     }
 
-    /// Body bytes that may be claimed: half of the memory is left to what comes in.
+    /// Bytes that may be claimed at once: half of the memory is left to what comes in, and as
+    /// much as is claimed is held twice while it is read.
     fn bytes_max(&self) -> usize {
-        (self.budget.limit_bytes() / 2).saturating_sub(self.budget.held_bytes())
+        let left = (self.budget.limit_bytes() / 2).saturating_sub(self.budget.held_bytes());
+        left.min(self.budget.batch_bytes_max())
     }
 
     /// Claims up to `limit` rows, as the pace wants them. A store that does not work is asked in any
@@ -356,15 +358,17 @@ impl Poller {
     fn claim(&self, class: Class, limit: usize) -> Option<Got> {
         // The lease begins no sooner than this.
         let (lease, send_until) = lease(self.request_timeout);
-        // A claim has one operation's time, and the bodies may come from afar.
-        let bytes_max = self.bytes_max().min(BATCH_BYTES_MAX);
+        let bytes_max = self.bytes_max();
+        // Counted before it is there: as it is read, and as it then is.
+        let _copies = self.budget.copying(2 * bytes_max);
         let result = self.store.claim(class, limit, bytes_max, lease);
         let claim = self.count(result)?;
-        let bytes: usize = claim.rows.iter().map(|row| row.request.body.len()).sum();
+        let bytes: usize = claim.rows.iter().map(|row| row.request.bytes()).sum();
         let got = Got {
             rows: claim.rows.len(),
             first: claim.rows.iter().filter(|row| row.attempt == 1).count(),
-            is_cut_short: bytes >= bytes_max,
+            // Where it was the bytes that ended it, not the rows, half of them are mostly there.
+            is_cut_short: !claim.rows.is_empty() && bytes > bytes_max / 2,
             held_back: claim.held_back,
             is_over: false,
         };
@@ -384,11 +388,13 @@ impl Poller {
                 return None;
             }
             let (lease, send_until) = lease(self.request_timeout);
+            let bytes_max = self.bytes_max();
+            let _copies = self.budget.copying(2 * bytes_max);
             let wanted = Probe {
                 class,
                 spot,
                 limit,
-                bytes_max: self.bytes_max().min(BATCH_BYTES_MAX),
+                bytes_max,
                 except,
             };
             let result = self.store.claim_probes(&wanted, lease);
@@ -417,7 +423,7 @@ impl Poller {
 
     fn hand_over(&self, class: Class, claim: Claim, send_until: Instant) {
         for row in claim.rows {
-            let permit = self.budget.holding(row.request.body.len());
+            let permit = self.budget.holding(row.request.bytes());
             self.room.enter(class);
             let delivery = Delivery::claimed(row, permit, send_until);
             // The channel has room for all that `room` admits. With no worker left the row is

@@ -449,8 +449,7 @@ fn claim(
     instance: Uuid,
 ) -> Result<Claim, Fault> {
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-    // Nothing comes before the first, which is so taken in any case.
-    let bytes_max = i64::try_from(bytes_max.max(1)).unwrap_or(i64::MAX);
+    let bytes_max = i64::try_from(bytes_max).unwrap_or(i64::MAX);
     let lease = to_seconds(lease);
     let begun = Instant::now();
     let from = start.and_then(|start| start.get(begun));
@@ -518,7 +517,10 @@ fn sort_out(session: &mut Session, rows: Vec<Row>, instance: Uuid) -> Result<Cla
     let mut unreadable = Outcomes::default();
     for row in rows {
         match read(&row) {
-            Ok(readable) => claimed.push((row.try_get::<_, SystemTime>("due_at").ok(), readable)),
+            Ok(readable) => {
+                session.carries(readable.request.bytes());
+                claimed.push((row.try_get::<_, SystemTime>("due_at").ok(), readable));
+            }
             Err(why) => unreadable.add(
                 row.try_get("id")?,
                 row.try_get("attempt")?,

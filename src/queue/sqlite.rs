@@ -211,11 +211,11 @@ impl Store for SqliteStore {
             let mut rows = select.query(params![now, i64::try_from(limit).unwrap_or(i64::MAX)])?;
             while let Some(row) = rows.next()? {
                 let read = read(row);
-                bytes += read.as_ref().map_or(0, |row| row.request.body.len());
-                due.push((row.get::<_, i64>(0)?, read));
-                if bytes >= bytes_max {
+                bytes += read.as_ref().map_or(0, |row| row.request.bytes());
+                if bytes > bytes_max && !due.is_empty() {
                     break;
                 }
+                due.push((row.get::<_, i64>(0)?, read));
             }
             drop(rows);
             lease_all(transaction, due, add_ms(now, lease), now)

@@ -2,8 +2,7 @@
 //! releases everyone who waits for it. Under load a commit carries hundreds of rows; idle, it
 //! carries one at once. A row that the store refuses fails nobody but its own sender.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -14,6 +13,7 @@ use super::health::StoreHealth;
 use super::poller::Wake;
 use super::spool::{self, Spool};
 use super::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow, Store, StoreError};
+use crate::budget::{Budget, Copies};
 use crate::metrics::Metrics;
 use crate::progress::Stage;
 
@@ -23,10 +23,15 @@ const LOOK: Duration = Duration::from_millis(100);
 /// A row on its way to the store, and whoever waits for it.
 #[derive(Debug)]
 struct Append {
-    row: NewRow,
-    /// Set by whoever comes first: the writer that starts on it, or the waiter who gives up.
-    taken: Arc<AtomicBool>,
+    /// Taken by whoever comes first: the writer that starts on it, or the waiter who gives up.
+    /// What nobody waits for any more is held no longer, however many of these there are.
+    row: Arc<Mutex<Option<NewRow>>>,
+    bytes: usize,
     committed: Sender<Committed>,
+}
+
+fn take(row: &Mutex<Option<NewRow>>) -> Option<NewRow> {
+    row.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 type Committed = Result<Place, StoreError>;
@@ -93,11 +98,12 @@ impl Appender {
             return Err(fault);
         }
         let deadline = Instant::now() + self.timeout;
-        let taken = Arc::new(AtomicBool::new(false));
+        let bytes = row.request.bytes();
+        let row = Arc::new(Mutex::new(Some(row)));
         let (committed, answer) = bounded(1);
         let append = Append {
-            row,
-            taken: Arc::clone(&taken),
+            row: Arc::clone(&row),
+            bytes,
             committed,
         };
         let late = || StoreError::Unavailable(format!("no commit within {:?}", self.timeout));
@@ -107,7 +113,7 @@ impl Appender {
         let result = self.wait(&answer, deadline);
         result.unwrap_or_else(|| {
             // Not started on: it never will be. Else its end is not known.
-            taken.store(true, Ordering::Relaxed);
+            take(&row);
             Err(self.health.fault().unwrap_or_else(late))
         })
     }
@@ -141,6 +147,8 @@ pub struct Writer {
     pub wake: Wake,
     /// At work while rows are committed.
     pub stage: Arc<Stage>,
+    /// Tells how large a batch may be; without one, [`BATCH_BYTES_MAX`].
+    pub budget: Option<Arc<Budget>>,
     appends: Receiver<Append>,
     timeout: Duration,
     /// The append that took longer than senders are to wait, with a spool. Until it is over, what
@@ -179,6 +187,7 @@ impl Writer {
             metrics,
             wake,
             stage: Arc::default(),
+            budget: None,
             appends: receiver,
             timeout,
             slow: None,
@@ -189,31 +198,46 @@ impl Writer {
     /// Runs until the last [`Appender`] is gone and all it has sent is stored.
     pub fn run(mut self) {
         let stage = Arc::clone(&self.stage);
-        while let Ok(first) = self.appends.recv() {
-            let (rows, waiting) = self.gather(first);
+        let mut next = None;
+        while let Some(first) = next.take().or_else(|| self.appends.recv().ok()) {
+            let (rows, waiting, left) = self.gather(first);
+            next = left;
             if !rows.is_empty() {
                 let _work = stage.work();
+                let _copies = self.copies(&rows);
                 self.commit(&rows, &waiting);
             }
         }
     }
 
-    fn gather(&self, first: Append) -> (Vec<NewRow>, Vec<Sender<Committed>>) {
+    /// A statement is written down, and then once more on its way to the server.
+    fn copies(&self, rows: &[NewRow]) -> Option<Copies> {
+        let bytes: usize = rows.iter().map(|row| row.request.bytes()).sum();
+        let budget = self.budget.as_ref()?;
+        Some(budget.copying(2 * bytes))
+    }
+
+    /// A batch, who waits for it, and what did not fit into it any more.
+    fn gather(&self, first: Append) -> (Vec<NewRow>, Vec<Sender<Committed>>, Option<Append>) {
+        let budget = self.budget.as_ref();
+        let bytes_max = budget.map_or(BATCH_BYTES_MAX, |budget| budget.batch_bytes_max());
         let (mut rows, mut waiting, mut bytes) = (Vec::new(), Vec::new(), 0);
         for append in std::iter::once(first).chain(self.appends.try_iter()) {
-            if append.taken.swap(true, Ordering::Relaxed) {
+            if !rows.is_empty() && bytes + append.bytes > bytes_max {
+                return (rows, waiting, Some(append));
+            }
+            let Some(row) = take(&append.row) else {
                 // Its waiter has given up and found another way.
                 continue;
-            }
-            let request = &append.row.request;
-            bytes += request.body.len() + request.headers.as_bytes().len() + request.target.len();
-            rows.push(append.row);
+            };
+            bytes += append.bytes;
+            rows.push(row);
             waiting.push(append.committed);
-            if rows.len() >= BATCH_ROWS_MAX || bytes >= BATCH_BYTES_MAX {
+            if rows.len() >= BATCH_ROWS_MAX {
                 break;
             }
         }
-        (rows, waiting)
+        (rows, waiting, None)
     }
 
     /// Commits rows and answers those who wait for them, part by part.
@@ -357,5 +381,75 @@ fn committed(metrics: &Metrics, rows: &[NewRow], place: Place, wake: &Wake) {
     let due_now = |row: &NewRow| matches!(row.fate, Fate::Due { after, .. } if after.is_zero());
     if place == Place::Store && rows.iter().any(due_now) {
         wake.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::queue::sqlite::SqliteStore;
+    use crate::request::{Peer, Request};
+
+    /// Over a store that is never opened.
+    fn writer(timeout: Duration) -> (Writer, Appender) {
+        let store = SqliteStore::new("nowhere/queue.sqlite".into(), true, timeout);
+        Writer::new(
+            Arc::new(store),
+            None,
+            Arc::default(),
+            Arc::new(Metrics::new(1).unwrap()),
+            Wake::new().0,
+            timeout,
+        )
+    }
+
+    fn row(body_bytes: usize) -> NewRow {
+        let (fields, body) = (std::iter::empty(), vec![b'x'; body_bytes]);
+        let now = SystemTime::UNIX_EPOCH;
+        let request = Request::record("POST", "/", fields, Peer::default(), body, now);
+        NewRow {
+            request: Arc::new(request.unwrap()),
+            attempt: 0,
+            fate: Fate::Leased(Duration::ZERO),
+        }
+    }
+
+    #[test]
+    fn what_nobody_waits_for_any_more_is_not_held() {
+        let (writer, appender) = writer(Duration::from_millis(1));
+        let row = row(1);
+        for _ in 0..3 {
+            assert!(appender.append(row.clone()).is_err());
+        }
+        assert_eq!(Arc::strong_count(&row.request), 1);
+        let first = writer.appends.recv().unwrap();
+        let (rows, waiting, left) = writer.gather(first);
+        assert!(rows.is_empty() && waiting.is_empty() && left.is_none());
+    }
+
+    #[test]
+    fn no_batch_of_several_rows_is_larger_than_it_may_be() {
+        let (mut writer, appender) = writer(Duration::ZERO);
+        // 256 KiB for a batch.
+        writer.budget = Some(Budget::new(0));
+        let sizes = [100_000, 100_000, 100_000, 1_000_000, 1, 1];
+        for row in sizes.map(row) {
+            let append = Append {
+                bytes: row.request.bytes(),
+                row: Arc::new(Mutex::new(Some(row))),
+                committed: bounded(1).0,
+            };
+            appender.appends.send(append).unwrap();
+        }
+        let (mut batches, mut next) = (Vec::new(), None);
+        while let Some(first) = next.take().or_else(|| writer.appends.try_recv().ok()) {
+            let (rows, waiting, left) = writer.gather(first);
+            assert_eq!(rows.len(), waiting.len());
+            batches.push(rows.len());
+            next = left;
+        }
+        assert_eq!(batches, [2, 1, 1, 2]);
     }
 }

@@ -125,8 +125,11 @@ pub fn read_all(bytes: &[u8], sizes: &[usize]) -> (Vec<Seen>, Fault) {
 
 fn read_one(input: &mut Input, source: &mut impl Source) -> Result<Seen, Fault> {
     let mut head = Vec::new();
-    input.read_head(source, &mut head)?;
-    assert!(head.len() <= LINE_BYTES_MAX + FIELDS_BYTES_MAX + 4);
+    let head_bytes_max = LINE_BYTES_MAX + FIELDS_BYTES_MAX + 4;
+    let mut permit = Budget::new(2 * head_bytes_max).permit();
+    input.read_head(source, &mut head, &mut permit)?;
+    assert_eq!(permit.bytes(), head.len());
+    assert!(head.len() <= head_bytes_max);
     let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
     let head = Head::parse(&head, &mut fields)?;
     let mut permit = Budget::new(BODY_BYTES_MAX).permit();

@@ -232,6 +232,7 @@ contract!(
     append_is_all_or_none,
     claims_oldest_due_first_and_no_more_than_asked,
     a_claim_takes_no_more_bytes_than_asked_but_always_one_row,
+    a_claim_counts_targets_and_header_fields_as_well,
     classes_are_claimed_apart,
     a_row_is_due_after_its_delay,
     a_claim_counts_the_attempt_and_hides_the_row,
@@ -511,7 +512,7 @@ fn a_claim_takes_no_more_bytes_than_asked_but_always_one_row(bench: &Bench) {
             .rows
     };
     assert_eq!(claim(0, usize::MAX).len(), 0);
-    let first = claim(10, 1500);
+    let first = claim(10, 2 * rows[0].request.bytes());
     assert_eq!(first.len(), 2);
     assert_eq!(claim(10, 0).len(), 1);
     assert_eq!(counts(&*store), (2, 3, 0));
@@ -524,6 +525,31 @@ fn a_claim_takes_no_more_bytes_than_asked_but_always_one_row(bench: &Bench) {
         .map(|row| row.request.id)
         .collect();
     assert_eq!(ids.len(), 4);
+}
+
+fn a_claim_counts_targets_and_header_fields_as_well(bench: &Bench) {
+    let store = bench.open();
+    let with_target = Request {
+        target: format!("/{}", "a".repeat(1000)),
+        ..request(b"")
+    };
+    let mut with_field = request(b"");
+    with_field.headers.push("X-Large", &[b'x'; 1000]).unwrap();
+    for large in [with_target, with_field] {
+        let id = |_| Request {
+            id: Uuid::now_v7(),
+            ..large.clone()
+        };
+        let rows: Vec<_> = (0..5).map(id).map(row).collect();
+        store.append(&rows).unwrap();
+        let claim = |bytes_max| {
+            let claim = store.claim(Class::Fresh, 10, bytes_max, LEASE).unwrap();
+            claim.rows.len()
+        };
+        assert_eq!(claim(2 * large.bytes() - 1), 1);
+        assert_eq!(claim(2 * large.bytes()), 2);
+        assert_eq!(claim(usize::MAX), 2);
+    }
 }
 
 fn classes_are_claimed_apart(bench: &Bench) {

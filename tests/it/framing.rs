@@ -317,7 +317,11 @@ fn the_sender_is_asked_for_a_body_it_holds_back() {
     use asyncproxy::intake::builtin::head::Framing;
     let mut input = Input::default();
     let mut source = check::Pieces::new(b"GET / HTTP/1.1\r\nHost: h\r\n\r\nab", &[usize::MAX]);
-    input.read_head(&mut source, &mut Vec::new()).unwrap();
+    let mut permit = Budget::new(100).permit();
+    input
+        .read_head(&mut source, &mut Vec::new(), &mut permit)
+        .unwrap();
+    assert_eq!(permit.bytes(), b"GET / HTTP/1.1\r\nHost: h\r\n\r\n".len());
     assert!(input.holds(Framing::Length(2)));
     assert!(!input.holds(Framing::Length(3)));
     assert!(input.holds(Framing::Chunked));

@@ -46,6 +46,7 @@ mod kills;
 mod listening;
 mod log;
 mod loops;
+mod memory;
 mod metrics;
 mod migrate;
 mod model;

@@ -156,7 +156,7 @@ fn append() -> impl Strategy<Value = Append> {
 fn claim() -> impl Strategy<Value = Operation> {
     let limit = 0..=usize::from(SLOTS);
     // As much as some bodies, or one byte more.
-    let bytes = (0..3usize, 0..2usize).prop_map(|(bodies, more)| bodies * BODY.len() + more);
+    let bytes = (0..3usize, 0..2usize).prop_map(|(rows, more)| rows * request(BODY).bytes() + more);
     let bytes_max = prop_oneof![2 => Just(usize::MAX), 1 => bytes];
     let class = prop_oneof![Just(Class::Fresh), Just(Class::Retried)];
     (class, limit, bytes_max).prop_map(|(class, limit, bytes_max)| Operation::Claim {
@@ -342,7 +342,7 @@ impl Pair<'_> {
     fn claim(&mut self, class: Class, limit: usize, bytes_max: usize) -> TestCaseResult {
         let mut due = self.model.due(class);
         due.sort_by_key(|id| self.due_at[id]);
-        let fitting = bytes_max.div_ceil(BODY.len()).max(1);
+        let fitting = (bytes_max / request(BODY).bytes()).max(1);
         due.truncate(limit.min(fitting));
         let claim = self.store.claim(class, limit, bytes_max, LEASE).unwrap();
         prop_assert_eq!((claim.rows.len(), claim.unreadable), (due.len(), 0));

@@ -1,6 +1,6 @@
 //! What the system gives: threads, descriptors, memory, time to stop, and the clock.
 
-use std::fs;
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use humantime::format_duration;
@@ -8,7 +8,7 @@ use rustix::process::{Resource, geteuid, getrlimit};
 
 use super::{Finding, size, told_by};
 use crate::config::{Acceptor, Config};
-use crate::descriptors;
+use crate::{descriptors, machine};
 
 /// Threads besides those that settings count: control port, signals, writer and the like.
 const OTHER_THREADS: u64 = 48;
@@ -26,7 +26,7 @@ pub(super) fn findings(config: &Config) -> Vec<Finding> {
             descriptors::needed(config),
             getrlimit(Resource::Nofile).maximum,
         ),
-        memory(memory_limit, memory_there()),
+        memory(memory_limit, machine::memory()),
         systemd(needed, unit().as_deref()),
         clock(SystemTime::now(), synchronised().as_deref()),
     ]
@@ -49,35 +49,13 @@ fn thread_limits() -> Vec<(&'static str, u64)> {
     if let Some(limit) = processes.filter(|_| !geteuid().is_root()) {
         limits.push(("ulimit -u (LimitNPROC= of a unit)", limit));
     }
-    if let Some(limit) = of_cgroup("pids.max") {
+    if let Some(limit) = machine::lowest(machine::THREADS) {
         limits.push(("pids.max of the cgroup (TasksMax= of a unit)", limit));
     }
-    if let Some(limit) = number("/proc/sys/kernel/threads-max") {
+    if let Some(limit) = machine::number(Path::new("/proc/sys/kernel/threads-max")) {
         limits.push(("kernel.threads-max", limit));
     }
     limits
-}
-
-fn number(path: &str) -> Option<u64> {
-    fs::read_to_string(path).ok()?.trim().parse().ok()
-}
-
-/// The lowest limit from this process' cgroup (version 2) up to the root; `max` counts as none.
-fn of_cgroup(name: &str) -> Option<u64> {
-    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = own.lines().find_map(|line| line.strip_prefix("0::"))?;
-    let mut path = path.trim_matches('/');
-    let mut lowest: Option<u64> = None;
-    loop {
-        if let Some(limit) = number(&format!("/sys/fs/cgroup/{path}/{name}")) {
-            lowest = Some(lowest.map_or(limit, |other| other.min(limit)));
-        }
-        match path.rsplit_once('/') {
-            Some((parent, _)) => path = parent,
-            None if path.is_empty() => return lowest,
-            None => path = "",
-        }
-    }
 }
 
 fn threads(needed: u64, limits: Vec<(&'static str, u64)>) -> Finding {
@@ -108,17 +86,6 @@ fn open_files(needed: u64, hard_limit: Option<u64>) -> Finding {
         Some(limit) => Finding::ok(ABOUT, format!("up to {needed}, the limit is {limit}")),
         None => Finding::ok(ABOUT, format!("up to {needed}, without a limit")),
     }
-}
-
-/// What this process may have: of the machine, or of its cgroup.
-fn memory_there() -> Option<u64> {
-    let info = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = line.trim().trim_end_matches(" kB").trim().parse().ok()?;
-    let total = kib.saturating_mul(1024);
-    Some(of_cgroup("memory.max").map_or(total, |limit| limit.min(total)))
 }
 
 fn memory(limit: u64, there: Option<u64>) -> Finding {
@@ -234,7 +201,6 @@ mod tests {
         assert_eq!(memory(50, Some(100)).level, Level::Ok);
         assert_eq!(memory(51, Some(100)).level, Level::Warning);
         assert_eq!(memory(100, Some(100)).level, Level::Error);
-        assert!(memory_there().is_some_and(|bytes| bytes > 1 << 20));
     }
 
     #[test]

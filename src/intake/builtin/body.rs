@@ -160,6 +160,7 @@ impl Input {
         if !source.can_wait() {
             return Err(Fault::Idle);
         }
+        self.forget_room();
         match source.read_more(self.room()) {
             Ok(0) => Err(Fault::Refused(Answer::CutShort)),
             Ok(bytes) => {
@@ -170,15 +171,19 @@ impl Input {
         }
     }
 
+    /// Gives up the room for a large head, or for what was received at once, when it is used.
+    fn forget_room(&mut self) {
+        if self.is_empty() && self.buffer.len() > BUFFER_BYTES {
+            *self = Input::default();
+        }
+    }
+
     /// Waits for the first bytes of a request.
     fn begin(&mut self, source: &mut impl Source) -> Result<(), Fault> {
         if !source.can_wait() {
             return Err(Fault::Idle);
         }
-        if self.buffer.len() > BUFFER_BYTES {
-            // Was for a request that is over.
-            self.buffer = Vec::new();
-        }
+        self.forget_room();
         match source.read_first(self.room()) {
             Err(error) if is_timeout(&error) => Err(Fault::Idle),
             Ok(0) | Err(_) => Err(Fault::Gone),
@@ -189,11 +194,16 @@ impl Input {
         }
     }
 
-    /// Reads the next request's head into `head`.
+    /// Reads the next request's head into `head`, within the memory limit as it comes in.
     ///
     /// # Errors
     /// [`Fault`]; the connection is then of no more use.
-    pub fn read_head(&mut self, source: &mut impl Source, head: &mut Vec<u8>) -> Result<(), Fault> {
+    pub fn read_head(
+        &mut self,
+        source: &mut impl Source,
+        head: &mut Vec<u8>,
+        permit: &mut Permit,
+    ) -> Result<(), Fault> {
         let mut empty_lines = 0;
         loop {
             if self.unused().is_empty() {
@@ -217,8 +227,9 @@ impl Input {
                 head.clear();
                 head.extend_from_slice(&self.unused()[..length]);
                 self.consume(length);
-                return Ok(());
+                return cover(permit, length);
             }
+            cover(permit, self.unused().len())?;
             self.fill(source)?;
         }
     }
@@ -241,7 +252,7 @@ impl Input {
                 if !source.can_wait() && length > self.unused().len() {
                     return Err(Fault::Idle);
                 }
-                self.read_bytes(source, length, &mut body, permit)?;
+                self.read_bytes(source, length, length, &mut body, permit)?;
             }
             Framing::Chunked => self.read_chunks(source, bytes_max, &mut body, permit)?,
         }
@@ -258,10 +269,12 @@ impl Input {
         }
     }
 
+    /// Reads `length` bytes of a body that has at most `bytes_max` in the end.
     fn read_bytes(
         &mut self,
         source: &mut impl Source,
         mut length: usize,
+        bytes_max: usize,
         body: &mut Vec<u8>,
         permit: &mut Permit,
     ) -> Result<(), Fault> {
@@ -270,9 +283,10 @@ impl Input {
             if !permit.try_grow(bytes) {
                 return Err(Answer::Overloaded.into());
             }
-            if body.is_empty() {
-                // Whole if it is here in whole, else as it comes: what is only announced costs nothing.
-                body.reserve_exact(bytes);
+            if body.capacity() - body.len() < bytes {
+                // As it comes: what is only announced costs nothing.
+                let doubled = body.len().min(bytes_max - body.len());
+                body.reserve_exact(bytes.max(doubled));
             }
             body.extend_from_slice(&self.unused()[..bytes]);
             self.consume(bytes);
@@ -297,7 +311,7 @@ impl Input {
                 return self.skip_trailers(source);
             }
             let size = within(body.len(), size, bytes_max)?;
-            self.read_bytes(source, size, body, permit)?;
+            self.read_bytes(source, size, bytes_max, body, permit)?;
             let is_end = self.read_line(source, 0, <[u8]>::is_empty)?;
             if !is_end {
                 return Err(Answer::Malformed("chunk longer than its size").into());
@@ -346,6 +360,15 @@ impl Input {
             }
             self.fill(source)?;
         }
+    }
+}
+
+/// Makes `permit` one for so many bytes.
+fn cover(permit: &mut Permit, bytes: usize) -> Result<(), Fault> {
+    permit.shrink_to(bytes);
+    match permit.try_grow(bytes - permit.bytes()) {
+        true => Ok(()),
+        false => Err(Answer::Overloaded.into()),
     }
 }
 

@@ -105,14 +105,11 @@ pub(super) fn receive<S: Service, A>(
     bytes: &mut Vec<u8>,
     serve: impl FnOnce(Received<'_>) -> A,
 ) -> Result<(A, Form), Fault> {
-    input.read_head(source, bytes)?;
+    let mut permit = service.permit();
+    input.read_head(source, bytes, &mut permit)?;
     let started = Instant::now();
     let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
     let head = Head::parse(bytes, &mut fields)?;
-    let mut permit = service.permit();
-    if !permit.try_grow(bytes.len()) {
-        return Err(Answer::Overloaded.into());
-    }
     let bytes_max = service.body_bytes_max();
     if let Framing::Length(length) = head.framing
         && length > bytes_max as u64
@@ -226,6 +223,8 @@ impl<S: Service> Connection<'_, S> {
 
     fn linger_if(&mut self, is_refusal: bool) {
         if is_refusal || !self.input.is_empty() {
+            // What was received is of no more use, and this takes a while.
+            (self.input, self.head) = (Input::default(), Vec::new());
             self.wire.linger();
         }
     }

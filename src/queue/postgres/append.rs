@@ -16,6 +16,7 @@ use crate::settle::Failure;
 pub(super) fn append(session: &mut Session, rows: &[NewRow], instance: Uuid) -> Result<(), Fault> {
     let (mut due, mut dead) = (NewRows::default(), NewRows::default());
     for row in rows {
+        session.carries(row.request.bytes());
         match &row.fate {
             Fate::Due { after, failure } => due.add(row, *after, failure.as_ref()),
             Fate::Leased(lease) => due.add(row, *lease, None),

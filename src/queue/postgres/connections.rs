@@ -16,7 +16,7 @@ use ::postgres::error::SqlState;
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendError, Sender, TrySendError, bounded};
 use r2d2::{NopErrorHandler, Pool};
 
-use super::super::StoreError;
+use super::super::{BATCH_BYTES_MAX, StoreError};
 use super::errors::{Fault, Remedy, describe, is_broken};
 use super::hosts::{Hosts, Link};
 use super::schema;
@@ -37,6 +37,11 @@ const MIGRATION_SILENCE: Duration = Duration::from_secs(60);
 /// which grows with each.
 const AGAIN_MAX: u32 = 6;
 const AGAIN_PAUSE: Duration = Duration::from_millis(5);
+
+/// The client library keeps the buffers of the largest operation: one for what it sends, one on the
+/// way to the socket and one for what it gets. A connection that has carried more, so one large
+/// request, is closed.
+const KEPT_BYTES_MAX: usize = BATCH_BYTES_MAX;
 
 type Job = Box<dyn FnOnce(&Shared) + Send>;
 
@@ -98,7 +103,7 @@ impl Connections {
 
     /// Runs `operation` for `timeout` at most, again on another connection if the one it got had died while idle: so
     /// it must be one that may be repeated. If the caller has gone when it succeeds,
-    /// `undo` gets the result nobody waits for.
+    /// `undo` gets the result nobody waits for. `bytes` tells how many it sent or got.
     pub(super) fn run<T: Send + 'static>(
         &self,
         timeout: Duration,
@@ -322,6 +327,7 @@ impl Shared {
         link.limit.set(caller.deadline + GRACE);
         caller.set_running(Some(link.session.cancel_token()));
         let result = operation(&mut link.session);
+        link.broken |= link.session.take_carried() > KEPT_BYTES_MAX;
         caller.set_running(None);
         link.limit.lift();
         // Then it is being cancelled, which must not reach the next that uses the connection.

@@ -16,6 +16,8 @@ pub(super) struct Session {
     client: Client,
     /// Whether single statements need a transaction that asks for the level: it is not the default.
     asks: Arc<AtomicBool>,
+    /// Bytes of requests that were sent or received since [`Session::take_carried`].
+    carried_bytes: usize,
 }
 
 impl fmt::Debug for Session {
@@ -26,7 +28,11 @@ impl fmt::Debug for Session {
 
 impl Session {
     pub(super) fn new(client: Client, asks: Arc<AtomicBool>) -> Session {
-        Session { client, asks }
+        Session {
+            client,
+            asks,
+            carried_bytes: 0,
+        }
     }
 
     pub(super) fn query_typed(
@@ -58,6 +64,15 @@ impl Session {
             .build_transaction()
             .isolation_level(IsolationLevel::ReadCommitted)
             .start()
+    }
+
+    /// Notes that a request of so many bytes was sent or received.
+    pub(super) fn carries(&mut self, bytes: usize) {
+        self.carried_bytes = self.carried_bytes.saturating_add(bytes);
+    }
+
+    pub(super) fn take_carried(&mut self) -> usize {
+        std::mem::take(&mut self.carried_bytes)
     }
 
     pub(super) fn cancel_token(&self) -> CancelToken {

@@ -46,7 +46,8 @@ macro_rules! claim {
         concat!(
             "
     WITH due AS MATERIALIZED (
-        SELECT ctid AS place, next_attempt_at AS due_at, octet_length(body) AS bytes
+        SELECT ctid AS place, next_attempt_at AS due_at,
+               octet_length(body) + octet_length(headers) + octet_length(target) AS bytes
           FROM proxy_requests
          WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
            AND NOT EXISTS (SELECT FROM proxy_pause)
@@ -60,7 +61,8 @@ macro_rules! claim {
            FOR UPDATE SKIP LOCKED
     ), fitting AS (
         SELECT place, due_at,
-               sum(bytes) OVER (ORDER BY due_at, place) - bytes AS bytes_before
+               sum(bytes) OVER (ORDER BY due_at, place) AS bytes_with,
+               row_number() OVER (ORDER BY due_at, place) AS number
           FROM due
     )
     UPDATE proxy_requests
@@ -69,7 +71,7 @@ macro_rules! claim {
            leased_by = $5,
            next_attempt_at = now() + $2 * interval '1 second'
       FROM fitting
-     WHERE ctid = place AND bytes_before < $3
+     WHERE ctid = place AND (bytes_with <= $3 OR number = 1)
  RETURNING id, attempt, due_at, received_at, method, target, headers, body"
         )
     };
@@ -137,7 +139,8 @@ macro_rules! claim_by_tokens {
     ), due AS MATERIALIZED (
         SELECT place, due_at, bytes
           FROM (
-            SELECT ctid AS place, next_attempt_at AS due_at, octet_length(body) AS bytes
+            SELECT ctid AS place, next_attempt_at AS due_at,
+                   octet_length(body) + octet_length(headers) + octet_length(target) AS bytes
               FROM proxy_requests
              WHERE next_attempt_at <= now() AND next_attempt_at >= coalesce($4, '-infinity')
                AND NOT EXISTS (SELECT FROM proxy_pause)
@@ -153,7 +156,8 @@ macro_rules! claim_by_tokens {
          LIMIT coalesce((SELECT floor(tokens)::bigint FROM refilled), 0)
     ), fitting AS (
         SELECT place, due_at,
-               sum(bytes) OVER (ORDER BY due_at, place) - bytes AS bytes_before
+               sum(bytes) OVER (ORDER BY due_at, place) AS bytes_with,
+               row_number() OVER (ORDER BY due_at, place) AS number
           FROM due
     ), claimed AS (
         UPDATE proxy_requests
@@ -162,7 +166,7 @@ macro_rules! claim_by_tokens {
                leased_by = $5,
                next_attempt_at = now() + $2 * interval '1 second'
           FROM fitting
-         WHERE ctid = place AND bytes_before < $3
+         WHERE ctid = place AND (bytes_with <= $3 OR number = 1)
      RETURNING id, attempt, due_at
     ), paid AS (
         UPDATE proxy_rate

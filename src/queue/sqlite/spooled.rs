@@ -33,7 +33,7 @@ const REMOVE_DEAD: &str = "DELETE FROM proxy_dead_letters WHERE id = ?1";
 /// What only a spool does: it is read in the order of arrival, and emptied row by row.
 impl SqliteStore {
     /// Up to `limit` rows after number `after`, as they were appended, with their numbers: first
-    /// those that wait, then dead letters. Ends early once their bodies have `bytes_max` bytes.
+    /// those that wait, then dead letters. Ends early once they have `bytes_max` bytes.
     /// What cannot be read stays where it is.
     ///
     /// # Errors
@@ -64,7 +64,7 @@ impl SqliteStore {
                     let Ok(new) = read_new(row, is_dead, now_ms()) else {
                         continue;
                     };
-                    bytes += new.request.body.len();
+                    bytes += new.request.bytes();
                     let seq = row.get("seq")?;
                     found.push((SpoolPosition { is_dead, seq }, new));
                 }

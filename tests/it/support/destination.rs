@@ -121,6 +121,8 @@ struct State {
     open: HashMap<usize, TcpStream>,
     connections: usize,
     refusing: bool,
+    /// Whether bodies are thrown away, for more of them than a test can hold.
+    forgets_bodies: bool,
 }
 
 impl Shared {
@@ -160,6 +162,7 @@ impl Destination {
                     open: HashMap::new(),
                     connections: 0,
                     refusing: true,
+                    forgets_bodies: false,
                 }),
                 changed: Condvar::new(),
             }),
@@ -175,6 +178,11 @@ impl Destination {
     /// Answers what arrives from now on by `script`.
     pub fn answer(&self, script: impl Fn(&Seen) -> Answer + Send + Sync + 'static) {
         self.shared.lock().script = Arc::new(script);
+    }
+
+    /// Records no body of what arrives from now on.
+    pub fn forget_bodies(&self) {
+        self.shared.lock().forgets_bodies = true;
     }
 
     /// Listens, on the same port as ever.
@@ -290,7 +298,10 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
 fn serve(shared: &Shared, number: usize, stream: TcpStream) {
     let _ = stream.set_nodelay(true);
     let mut reader = BufReader::new(stream);
-    while let Ok(Some(message)) = Message::read(&mut reader, Kind::Request) {
+    while let Ok(Some(mut message)) = Message::read(&mut reader, Kind::Request) {
+        if shared.lock().forgets_bodies {
+            message.body = Vec::new();
+        }
         let seen = Arc::new(Seen::new(message, number));
         let script = {
             let mut state = shared.lock();

@@ -1,6 +1,7 @@
 //! What the tests are run with. None of it knows the program's code.
 
 pub mod certificates;
+pub mod cgroup;
 pub mod crowd;
 pub mod dedicated;
 pub mod destination;

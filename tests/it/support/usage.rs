@@ -7,6 +7,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 #[derive(Debug, Clone, Copy)]
 pub struct Usage {
     pub resident_bytes: usize,
+    /// The most that was ever resident.
+    pub peak_bytes: usize,
     pub threads: usize,
     pub descriptors: usize,
 }
@@ -21,6 +23,7 @@ impl Usage {
         };
         Usage {
             resident_bytes: number("VmRSS:") * 1024,
+            peak_bytes: number("VmHWM:") * 1024,
             threads: number("Threads:"),
             descriptors: fs::read_dir(format!("/proc/{pid}/fd")).expect("fd").count(),
         }
