@@ -152,11 +152,7 @@ impl Metrics {
         )?;
         let [answer_direct_seconds, answer_stored_seconds] = make.answers()?;
         let [attempts_delivered, attempts_later, attempts_buried] = make.attempts()?;
-        let [lost_shutdown, lost_refused] = make.counters_by(
-            "asyncproxy_lost_total",
-            "Acknowledged requests that are gone, by reason.",
-            ("reason", ["shutdown", "refused"]),
-        )?;
+        let [lost_shutdown, lost_refused] = make.lost()?;
         let [busy_intake, busy_proxy, busy_queue] = make.busy()?;
         let [batch_append, batch_claim, batch_settle] = make.batches()?;
         Ok(Metrics {
@@ -443,6 +439,14 @@ impl Make {
                 "Requests moved from the spool to Postgres.",
             )?,
         })
+    }
+
+    fn lost(&self) -> Result<[IntCounter; 2], prometheus::Error> {
+        self.counters_by(
+            "asyncproxy_lost_total",
+            "Acknowledged requests that are gone, by reason.",
+            ("reason", ["shutdown", "refused"]),
+        )
     }
 
     fn refusals(&self, total: IntCounter) -> Result<Refusals, prometheus::Error> {

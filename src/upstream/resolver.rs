@@ -467,8 +467,8 @@ mod tests {
         }
         resolver.suspect();
         age(&resolver, SUSPECT_AFTER);
-        server.answer(2);
         assert_eq!(port(&resolver), 1);
+        server.answer(2);
         wait_for_end(&resolver);
         assert_eq!(port(&resolver), 2);
     }
