@@ -18,6 +18,8 @@ command -v promtool >/dev/null || missing+=(prometheus)
 command -v curl >/dev/null || missing+=(curl)
 command -v openssl >/dev/null || missing+=(openssl)
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
+command -v strip >/dev/null || missing+=(binutils)
+command -v mount >/dev/null || missing+=(mount)
 
 if [ ${#missing[@]} -gt 0 ]; then
   if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
@@ -25,8 +27,10 @@ if [ ${#missing[@]} -gt 0 ]; then
     echo "install them first, on Debian: apt-get install ${missing[*]}" >&2
     exit 1
   fi
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+  # Another that runs, as on a machine that has just started, is waited for.
+  wait_for_lock=(-o DPkg::Lock::Timeout=300)
+  apt-get "${wait_for_lock[@]}" update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get "${wait_for_lock[@]}" install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
 if ! command -v cargo >/dev/null; then
@@ -34,6 +38,10 @@ if ! command -v cargo >/dev/null; then
   exit 1
 fi
 if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
+  if ! command -v rustup >/dev/null; then
+    echo "tests/run.sh: missing: rustfmt and clippy of this cargo (on Debian: apt-get install rustfmt rust-clippy)" >&2
+    exit 1
+  fi
   rustup component add rustfmt clippy
 fi
 

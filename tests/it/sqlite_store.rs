@@ -1,5 +1,6 @@
 //! What only the SQLite store does: it takes over what a program that is no more had leased.
 
+use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
@@ -8,11 +9,20 @@ use asyncproxy::queue::sqlite::SqliteStore;
 
 use crate::contract::{TIMEOUT, append_one, claim, counts, delivered, request, row};
 use crate::support::destination::{Answer, Destination};
-use crate::support::proxy::PATIENCE;
+use crate::support::proxy::{PATIENCE, wait_until};
 use crate::support::route::{Route, on_routes};
 
 fn open(path: &Path) -> SqliteStore {
     SqliteStore::new(path.to_owned(), true, TIMEOUT)
+}
+
+/// Waits until nobody has the file: a child that another test is just starting has a copy of each
+/// descriptor, and with it of the lock, until it is another program.
+fn wait_until_unlocked(path: &Path) {
+    let lock = File::open(path.with_file_name("queue.sqlite-lock")).unwrap();
+    wait_until("the lock to be free", || lock.try_lock().is_ok());
+    // Not only closed: that would leave it to other copies.
+    lock.unlock().unwrap();
 }
 
 #[test]
@@ -24,6 +34,7 @@ fn a_new_program_takes_over_what_the_last_one_had_leased() {
     append_one(&first);
     assert_eq!(claim(&first, 2).len(), 2);
     drop(first);
+    wait_until_unlocked(&path);
     let second = open(&path);
     let claimed = claim(&second, 10);
     assert_eq!(claimed.len(), 2);
