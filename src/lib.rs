@@ -19,7 +19,7 @@
 //! 2. The outside: [`queue`] (the [`queue::Store`] contract, its two stores, and the threads
 //!    that write, claim and settle), [`upstream`] (the destination).
 //! 3. The pipeline: [`admission`], [`direct`], [`worker`], [`intake`], [`control`], [`drain`].
-//! 4. What all use: [`metrics`], [`status`], [`progress`], [`systemd`], [`logger`], [`thread`], [`budget`], [`descriptors`].
+//! 4. What all use: [`metrics`], [`status`], [`progress`], [`systemd`], [`logger`], [`thread`], [`clock`], [`budget`], [`descriptors`].
 //! 5. The whole: [`config`], [`cli`], [`app`].
 //!
 //! # Invariants
@@ -41,6 +41,7 @@ pub mod app;
 pub mod breaker;
 pub mod budget;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod control;
 pub mod descriptors;
