@@ -23,7 +23,7 @@ const LOOK: Duration = Duration::from_millis(10);
 /// How long requests are looked for that are between a channel and a slot.
 const GATHER_TIME: Duration = Duration::from_secs(1);
 /// How long a store that does not work is tried with requests that exist nowhere else.
-const APPEND_TIME: Duration = Duration::from_secs(10);
+const APPEND_TIME: Duration = Duration::from_secs(6);
 /// The same with leases, which end by themselves.
 const SETTLE_TIME: Duration = Duration::from_secs(2);
 const TRY_PAUSE: Duration = Duration::from_millis(200);

@@ -198,6 +198,7 @@ fn start_store_threads(
         health: Arc::clone(health),
         metrics: Arc::clone(metrics),
         destination: Arc::clone(&stage.destination),
+        clock: Arc::clone(&stage.clock),
         dead_retention: Arc::clone(&stage.tunables.dead_retention),
         stop: stop.clone(),
     };

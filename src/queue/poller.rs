@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::health::StoreHealth;
-use super::{BATCH_ROWS_MAX, ByClass, Class, Store};
+use super::{BATCH_ROWS_MAX, ByClass, Class, Store, StoreError};
 use crate::breaker::{Destination, Pace};
 use crate::budget::Budget;
+use crate::clock::Clock;
 use crate::limiter::TokenBucket;
 use crate::logger::LogLimit;
 use crate::metrics::Metrics;
@@ -377,6 +378,8 @@ pub struct Sampler {
     pub metrics: Arc<Metrics>,
     /// Told whether the queue is paused.
     pub destination: Arc<Destination>,
+    /// Looked at each time.
+    pub clock: Arc<Clock>,
     /// Dead letters are kept for ever without one.
     pub dead_retention: Arc<Mutex<Option<Duration>>>,
     pub stop: Receiver<()>,
@@ -423,6 +426,10 @@ impl Sampler {
     /// Counts the rows, and tells when to do so again.
     fn sample(&self) -> Instant {
         let started = Instant::now();
+        if let Some(jump) = self.clock.look() {
+            let how = jump.describe();
+            log::warn!("the system's clock was {how}: pauses and leases go on as they were");
+        }
         // A store that does not work is for the poller to try.
         if self.health.fault().is_none() {
             match self.store.sample() {
@@ -431,6 +438,10 @@ impl Sampler {
                     self.health.depth.counted(rows);
                     self.metrics.sampled(&sample);
                     self.destination.set_paused(sample.is_paused);
+                }
+                // Found where nobody may ask for anything else.
+                Err(error @ StoreError::Damaged(_)) => {
+                    let _ = self.health.note::<()>("count", Err(error), &self.metrics);
                 }
                 // A count that takes too long does not mean that nothing else works.
                 Err(error) => {
