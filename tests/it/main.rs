@@ -19,6 +19,7 @@ mod adopt;
 mod bench;
 mod breaker;
 mod cli;
+mod clock;
 mod cluster_rate;
 mod contract;
 mod crowd;
@@ -53,6 +54,7 @@ mod secrets;
 mod selftest;
 mod shutdown;
 mod spool;
+mod sqlite_faults;
 mod sqlite_store;
 mod systemd;
 #[cfg(feature = "tls")]
