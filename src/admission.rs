@@ -36,7 +36,8 @@ pub enum Admitted {
     Stored,
     /// Neither would take it; the sender should come again.
     Refused,
-    /// It would have to be stored, and there are as many rows as there may be.
+    /// It would have to be stored, and there are as many rows as there may be, or the disk is nearly
+    /// full.
     QueueFull,
     /// The store works and does not take this one.
     Unstorable,
@@ -167,6 +168,17 @@ impl Admission {
         self.appender.has_spool()
     }
 
+    /// Why no request can be stored though the store works, if so.
+    pub fn shortage(&self) -> Option<String> {
+        self.appender.shortage()
+    }
+
+    /// Whether each request is stored before it is acknowledged or sent.
+    pub fn stores_all(&self) -> bool {
+        let is_closed = |bucket: &TokenBucket| bucket.is_closed();
+        self.committing.is_some() || self.enqueue().as_ref().is_some_and(is_closed)
+    }
+
     /// Whether the next request is likely to be admitted without waiting for the store.
     pub fn is_quick(&self) -> bool {
         self.has_direct_room()
@@ -216,7 +228,9 @@ impl Admission {
             Admitted::QueueFull => {
                 self.metrics.refused.count(&self.metrics.refused.queue_full);
                 if let Some(suppressed) = FULL.allow() {
-                    log::error!(suppressed; "request refused: the queue holds queue.max_rows");
+                    let why = self.shortage();
+                    let why = why.as_deref().unwrap_or("the queue holds queue.max_rows");
+                    log::error!(suppressed; "request refused: {why}");
                 }
             }
             Admitted::Unstorable => {

@@ -24,6 +24,7 @@ use crate::config::{Bind, Change, Config, ConfigError, RemoteUrl, shown_address}
 use crate::descriptors;
 use crate::drain::Drain;
 use crate::intake::Intake;
+use crate::queue::StoreError;
 use crate::queue::health::StoreHealth;
 use crate::request::Mark;
 use crate::systemd::Notifier;
@@ -32,6 +33,9 @@ use crate::worker::Shared;
 pub use stage::visited_store;
 use stage::{Tunables, upstream};
 use start::Accepting;
+
+/// How long threads that only look are waited for.
+const LOOKERS_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why the program could not start, or did not end well.
 #[derive(Debug)]
@@ -50,6 +54,8 @@ pub enum RunError {
     Thread(String),
     /// Acknowledged requests are gone.
     Lost(u64),
+    /// So may be those that were stored.
+    Store(StoreError),
 }
 
 impl fmt::Display for RunError {
@@ -67,6 +73,7 @@ impl fmt::Display for RunError {
                 f,
                 "{count} acknowledged requests could be neither delivered nor stored"
             ),
+            RunError::Store(error) => write!(f, "{error}"),
         }
     }
 }
@@ -154,11 +161,12 @@ impl App {
         let settings = self.settings();
         let timeout = settings.server.shutdown_timeout;
         let is_handed_over = is_handed_over(&self.started);
-        let lost = self.running.drain(timeout, is_handed_over);
-        match (ended, lost) {
-            (_, 1..) => Err(RunError::Lost(lost)),
-            (Some(thread), 0) => Err(RunError::Thread(thread)),
-            (None, 0) => Ok(()),
+        let (lost, closed) = self.running.drain(timeout, is_handed_over);
+        match (ended, lost, closed) {
+            (_, 1.., _) => Err(RunError::Lost(lost)),
+            (_, 0, Err(error)) => Err(RunError::Store(error)),
+            (Some(thread), 0, Ok(())) => Err(RunError::Thread(thread)),
+            (None, 0, Ok(())) => Ok(()),
         }
     }
 
@@ -325,6 +333,7 @@ impl Running {
         self.health.depth.set_max(queue.max_rows);
         self.drain.metrics.set_rows_max(queue.max_rows);
         let tunables = &self.tunables;
+        tunables.set_files(newer);
         tunables
             .per_second
             .store(queue.handle_per_second, Ordering::Relaxed);
@@ -348,8 +357,8 @@ impl Running {
     }
 
     /// Stops in order: no new connections, no new claims, workers through, the rest stored.
-    /// Returns how many acknowledged requests are lost.
-    fn drain(self, timeout: Duration, is_handed_over: bool) -> u64 {
+    /// Returns how many acknowledged requests are lost, and whether the store has kept its own.
+    fn drain(self, timeout: Duration, is_handed_over: bool) -> (u64, Result<(), StoreError>) {
         let deadline = Instant::now() + timeout;
         if let Some(notifier) = &self.notifier {
             notifier.stopping();
@@ -369,10 +378,29 @@ impl Running {
         let patience = Instant::now() + STOP_PATIENCE;
         self.threads.wait_for("poller", patience);
         self.intake.admission.close(patience);
+        let (store, spool) = (Arc::clone(&self.drain.store), self.drain.spool.clone());
         let lost = self.drain.store_rest(end);
         drop(self.beating);
-        self.threads.wait_for("heartbeat", end);
-        lost
+        // They use the store until they see that they are to end.
+        for thread in ["heartbeat", "mover", "sampler"] {
+            let looked_for = Instant::now() + LOOKERS_PATIENCE;
+            self.threads.wait_for(thread, looked_for.min(end));
+        }
+        let store = closed(store.close());
+        let spool = spool.map_or(Ok(()), |spool| closed(spool.close()));
+        (lost, store.and(spool))
+    }
+}
+
+/// What matters of how a store was closed: that nothing is lost.
+fn closed(result: Result<(), StoreError>) -> Result<(), StoreError> {
+    match result {
+        Err(error @ StoreError::Damaged(_)) => Err(error),
+        Err(error) => {
+            log::warn!(error:%; "the store was not closed in good order");
+            Ok(())
+        }
+        Ok(()) => Ok(()),
     }
 }
 

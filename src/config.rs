@@ -101,6 +101,7 @@ settings! {
     "queue.max_age" = "0s", "a duration", "age at which a request that fails is moved to the dead letters; `0`: none";
     "queue.give_up_statuses" = "", "a list of statuses", "answers after which there is no further attempt, such as `[410]`";
     "queue.max_rows" = "0", "a whole number", "stored requests past which new ones that would have to be stored are refused with 503; `0`: no limit";
+    "queue.min_free" = "256MiB", "a size", "room on the disk of the SQLite file, or of the spool's, below which new requests that would have to be stored are refused with 503; `0`: no limit";
     "queue.dead_retention" = "30d", "a duration", "time a dead letter is kept, then it is deleted for good; `0`: for ever";
     "db.connection_string" = "sqlite:asyncproxy.sqlite", "a connection string", "the queue: `sqlite:PATH`, a Postgres URL, or libpq keywords";
     "db.max_connections" = "2", "a whole number", "connections to Postgres";
@@ -221,6 +222,8 @@ pub struct Queue {
     pub handle_per_second: u32,
     /// 0: no limit.
     pub max_rows: u64,
+    /// Bytes; 0: no limit.
+    pub min_free: u64,
     pub rate_scope: RateScope,
     pub retry: RetryPolicy,
     /// Dead letters are kept for ever without one.
@@ -499,6 +502,7 @@ fn queue(raw: &Raw) -> Result<Queue, ConfigError> {
         max_rows: raw.get("queue.max_rows", |text| {
             values::integer(text, 0, 1_000_000_000_000)
         })?,
+        min_free: raw.get("queue.min_free", values::size)? as u64,
         rate_scope: raw.get("queue.rate_scope", |text| match text {
             "instance" => Ok(RateScope::Instance),
             "cluster" => Ok(RateScope::Cluster),

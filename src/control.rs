@@ -121,16 +121,23 @@ impl Control {
         if self.intake.is_draining() {
             return page(503, "shutting down\n");
         }
+        let admission = &self.intake.admission;
         let Some(fault) = self.health.fault() else {
+            if let Some(shortage) = admission.shortage() {
+                return match admission.has_direct_room() && !admission.stores_all() {
+                    true => page(200, format!("ok, but nothing more is stored: {shortage}\n")),
+                    false => page(503, format!("{shortage}\n")),
+                };
+            }
             return match self.destination.fault() {
                 None if self.destination.is_paused() => page(200, "ok, but the queue is paused\n"),
                 None => page(200, "ok\n"),
                 Some(fault) => page(200, format!("ok, but the destination is down: {fault}\n")),
             };
         };
-        if self.intake.admission.has_spool() {
+        if admission.has_spool() && admission.shortage().is_none() {
             page(200, format!("ok, but requests go to the spool: {fault}\n"))
-        } else if self.intake.admission.has_direct_room() {
+        } else if admission.has_direct_room() {
             page(200, format!("ok, but nothing can be stored: {fault}\n"))
         } else {
             page(503, format!("{fault}\n"))

@@ -20,7 +20,7 @@
 //!    that write, claim and settle), [`upstream`] (the destination).
 //! 3. The pipeline: [`admission`], [`direct`], [`worker`], [`intake`], [`control`], [`drain`].
 //! 4. What all use: [`metrics`], [`status`], [`progress`], [`systemd`], [`logger`], [`lines`], [`printable`], [`thread`],
-//!    [`budget`], [`allocator`], [`machine`], [`descriptors`], [`regular_file`].
+//!    [`clock`], [`budget`], [`allocator`], [`machine`], [`descriptors`], [`regular_file`].
 //! 5. The whole: [`config`], [`cli`], [`app`].
 //!
 //! # Invariants
@@ -44,6 +44,7 @@ pub mod app;
 pub mod breaker;
 pub mod budget;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod control;
 pub mod descriptors;

@@ -28,6 +28,11 @@ impl TokenBucket {
         self.tokens = self.tokens.min(self.per_second);
     }
 
+    /// Whether there is never a token.
+    pub fn is_closed(&self) -> bool {
+        self.per_second <= 0.0
+    }
+
     /// Takes one token if there is one.
     pub fn try_take(&mut self, now: Instant) -> bool {
         let taken = self.available(now) > 0;

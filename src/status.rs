@@ -8,15 +8,19 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::breaker::Destination;
+use crate::clock::Clock;
 use crate::config::RateScope;
 use crate::metrics::Metrics;
+use crate::queue::Store;
 use crate::queue::health::StoreHealth;
 
 /// Knows where to look.
 #[derive(Debug)]
 pub struct Status {
     pub metrics: Arc<Metrics>,
+    pub store: Arc<dyn Store>,
     pub health: Arc<StoreHealth>,
+    pub clock: Arc<Clock>,
     pub destination: Arc<Destination>,
     pub has_spool: bool,
     pub per_second: Arc<AtomicU32>,
@@ -59,7 +63,15 @@ impl Status {
                 },
             },
             "destination": { "breaker": breaker, "fault": fault },
-            "store": { "fault": self.health.fault().map(|fault| fault.to_string()) },
+            "store": {
+                "fault": self.health.fault().map(|fault| fault.to_string()),
+                "shortage": self.store.shortage(),
+            },
+            // What the system's clock was set by last, if it was.
+            "clock": self.clock.jump().map(|jump| json!({
+                "set_by_seconds": jump.by_seconds(),
+                "seconds_ago": seconds(jump.at.elapsed()),
+            })),
             "spool": self.has_spool.then(|| json!({ "rows": self.metrics.spool.rows.get() })),
         })
     }
@@ -94,6 +106,13 @@ impl Status {
         }
         if let Some(fault) = self.health.fault() {
             line += &format!("; {fault}");
+        }
+        if let Some(shortage) = self.store.shortage() {
+            line += &format!("; {shortage}");
+        }
+        if let Some(jump) = self.clock.jump() {
+            let ago = about(jump.at.elapsed());
+            line += &format!("; the clock was {} {ago} ago", jump.describe());
         }
         line
     }

@@ -160,8 +160,9 @@ impl Running {
             Err(error) => {
                 log::error!(error:%; "the start failed, stopping");
                 match self.drain(config.server.shutdown_timeout, is_handed_over(config)) {
-                    0 => Err(error),
-                    lost => Err(RunError::Lost(lost)),
+                    (lost @ 1.., _) => Err(RunError::Lost(lost)),
+                    (0, Err(damaged)) => Err(RunError::Store(damaged)),
+                    (0, Ok(())) => Err(error),
                 }
             }
         }
@@ -265,6 +266,7 @@ fn start_store_threads(
         health: Arc::clone(health),
         metrics: Arc::clone(metrics),
         destination: Arc::clone(&stage.destination),
+        clock: Arc::clone(&stage.clock),
         dead_retention: Arc::clone(&stage.tunables.dead_retention),
         stop: stop.clone(),
     };

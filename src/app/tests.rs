@@ -175,7 +175,8 @@ fn start_and_stop(acceptor: &str, threads: usize) -> bool {
         let (_signal, signals) = bounded(1);
         let threads = Threads::of_at_most(threads);
         let started = Running::start(&config, (threads, signals), listeners);
-        let started = started.map(|running| assert_eq!(running.drain(PATIENCE, false), 0));
+        let started =
+            started.map(|running| assert_eq!(running.drain(PATIENCE, false), (0, Ok(()))));
         is_over.store(true, Ordering::SeqCst);
         let sent = senders.into_iter().map(|sender| sender.join().unwrap());
         (started, sent.flatten().collect::<Targets>())

@@ -213,7 +213,7 @@ impl<S: Service> Acceptor<S> {
         self.parked.wake();
         for seat in self.seats().iter() {
             let seen = seat.state();
-            if seen.0 == State::Idle {
+            if seen.0 == State::Idle && !seat.has_received() {
                 seat.stop(seen);
             }
         }

@@ -143,6 +143,21 @@ pub trait Store: fmt::Debug + Send + Sync {
     fn leave(&self) -> Result<(), StoreError> {
         Ok(())
     }
+
+    /// Why it should get no new rows though it works, if so: its disk is nearly full. What was
+    /// acknowledged before may be appended all the same.
+    fn shortage(&self) -> Option<String> {
+        None
+    }
+
+    /// Ends the use of the store; nothing succeeds afterwards.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] if what it held is lost, so that somebody must be told; any other if
+    /// it was not closed in good order.
+    fn close(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
 }
 
 /// Rows by the attempts made so far: those that fail again and again must not keep others waiting.

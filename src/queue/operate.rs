@@ -2,6 +2,7 @@
 //! bury, pause. Each change is one short transaction. Rows that are being sent are left alone.
 
 use std::fmt;
+use std::ops::ControlFlow;
 use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
@@ -48,6 +49,19 @@ pub trait Operate: Store {
     /// # Errors
     /// [`StoreError`].
     fn count(&self, filter: &Filter) -> Result<Counts, StoreError>;
+
+    /// Reads past what is damaged: gives `each` row that can still be read, with its body, until that
+    /// breaks off. Returns how many are known to be there and cannot be read.
+    ///
+    /// # Errors
+    /// [`StoreError`]; always in a store whose server sees to that itself.
+    fn salvage(
+        &self,
+        _each: &mut dyn FnMut(Row, Option<Vec<u8>>) -> ControlFlow<()>,
+    ) -> Result<u64, StoreError> {
+        let why = "only a SQLite file is read past what is damaged";
+        Err(StoreError::Refused(why.into()))
+    }
 
     /// Does something to rows, unless they have left their state meanwhile. Returns how many it
     /// was done to. [`super::BATCH_ROWS_MAX`] at most.
@@ -118,6 +132,31 @@ pub struct Filter {
 impl Filter {
     pub fn admits(&self, state: State) -> bool {
         self.state.is_none_or(|only| only == state)
+    }
+
+    /// Whether a row passes, for one who cannot leave that to the store.
+    pub fn passes(&self, row: &Row, now: SystemTime) -> bool {
+        let received = |is_past: &dyn Fn(SystemTime, SystemTime) -> bool, age: Option<Duration>| {
+            age.is_none_or(|age| {
+                let limit = now.checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
+                row.received_at.is_some_and(|at| is_past(at, limit))
+            })
+        };
+        let has_status = match self.status {
+            None => true,
+            Some(LastStatus::Answered(status)) => row.last_status == Some(i32::from(status)),
+            Some(LastStatus::NoAnswer) => row.last_status.is_none() && row.last_error.is_some(),
+        };
+        let has_path = |path: &String| {
+            row.target
+                .as_ref()
+                .is_some_and(|target| target.starts_with(path))
+        };
+        self.admits(row.state)
+            && received(&|at, limit| at <= limit, self.older_than)
+            && received(&|at, limit| at >= limit, self.newer_than)
+            && self.path.as_ref().is_none_or(has_path)
+            && has_status
     }
 }
 

@@ -17,6 +17,7 @@ use super::shares::{Got, Looked, Shares};
 use super::{BATCH_ROWS_MAX, ByClass, Claim, Class, Probe, Store, StoreError};
 use crate::breaker::{Destination, Pace};
 use crate::budget::Budget;
+use crate::clock::Clock;
 use crate::limiter::TokenBucket;
 use crate::logger::LogLimit;
 use crate::metrics::Metrics;
@@ -443,6 +444,8 @@ pub struct Sampler {
     pub metrics: Arc<Metrics>,
     /// Told whether the queue is paused.
     pub destination: Arc<Destination>,
+    /// Looked at each time.
+    pub clock: Arc<Clock>,
     /// Dead letters are kept for ever without one.
     pub dead_retention: Arc<Mutex<Option<Duration>>>,
     pub stop: Receiver<()>,
@@ -489,6 +492,10 @@ impl Sampler {
     /// Counts the rows, and tells when to do so again.
     fn sample(&self) -> Instant {
         let started = Instant::now();
+        if let Some(jump) = self.clock.look() {
+            let how = jump.describe();
+            log::warn!("the system's clock was {how}: pauses and leases go on as they were");
+        }
         // A store that does not work is for the poller to try.
         if self.health.fault().is_none() {
             match self.store.sample() {
@@ -497,6 +504,10 @@ impl Sampler {
                     self.health.depth.counted(rows);
                     self.metrics.sampled(&sample);
                     self.destination.set_paused(sample.is_paused);
+                }
+                // Found where nobody may ask for anything else.
+                Err(error @ StoreError::Damaged(_)) => {
+                    let _ = self.health.note::<()>("count", Err(error), &self.metrics);
                 }
                 // A count that takes too long does not mean that nothing else works.
                 Err(error) => {

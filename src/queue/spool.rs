@@ -3,7 +3,6 @@
 //! Rows are committed here before their senders are answered, and moved to the store by the
 //! [mover](super::mover) when it works again. Nothing is sent from here.
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -40,9 +39,9 @@ pub struct Spool {
 
 impl Spool {
     /// A spool, and where it tells that there is something in it.
-    pub fn new(path: PathBuf, timeout: Duration, metrics: Arc<Metrics>) -> (Spool, Receiver<()>) {
+    pub fn new(file: SqliteStore, metrics: Arc<Metrics>) -> (Spool, Receiver<()>) {
         let (filled, when_filled) = bounded(1);
-        let file = SqliteStore::new(path, true, timeout).with_pages_max(PAGES_MAX);
+        let file = file.with_pages_max(PAGES_MAX);
         let spool = Spool {
             file,
             metrics,
@@ -56,6 +55,19 @@ impl Spool {
     /// Whether it took what it was given last.
     pub fn works(&self) -> bool {
         self.works.load(Ordering::Relaxed)
+    }
+
+    /// As [`Store::shortage`].
+    pub fn shortage(&self) -> Option<String> {
+        self.file.shortage()
+    }
+
+    /// As [`Store::close`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn close(&self) -> Result<(), StoreError> {
+        self.file.close()
     }
 
     /// Commits rows. Nobody here sends what was to be leased, so that it just waits.

@@ -1,120 +1,194 @@
 //! The SQLite store: one file, one writing connection.
 //!
 //! Every commit is on the disk when it returns (WAL, `synchronous=FULL`); batches make it fast.
-//! After any error the connection is closed, and the next call opens the file anew: whatever
-//! was wrong with it (permissions, a full or lost disk) need not be known here to recover.
+//! After most errors the connection is closed, and the next call opens the file anew: whatever
+//! was wrong with it (permissions, a lost disk) need not be known here to recover. Only a file that
+//! is damaged, or not there any more, is not used again until the program is started anew.
 
+mod disk;
+mod executor;
 mod file;
 pub mod inspect;
 mod operate;
 mod probes;
+mod rescue;
+mod rows;
 mod spooled;
 mod statements;
+mod transactions;
+mod watch;
+mod writing;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
-use rusqlite::{Connection, Row, Transaction, TransactionBehavior, params};
-use uuid::Uuid;
+use rusqlite::{Connection, Row, Transaction};
 
 use super::migrate::Policy;
 use super::{
-    BATCH_BYTES_MAX, Claim, Claimed, Class, Decision, Fate, NewRow, Probe, Sample, Settled,
-    Settlement, Store, StoreError,
+    Claim, Class, Decision, NewRow, Probe, Sample, Settled, Settlement, Store, StoreError,
 };
-use crate::request::{Headers, Request};
-use crate::settle::{Failure, Verdict};
-use file::{Ownership, READER_CACHE_KIB};
+use crate::clock::Clock;
+use disk::Room;
+use executor::Executor;
+pub use file::REMEDY;
+use rows::{add_ms, sub_ms, to_ms};
 pub(super) use spooled::SpoolPosition;
 use statements::{
-    BURY, BURY_UNREADABLE, DELETE, DELETE_UNREADABLE, INSERT, INSERT_DEAD, INSERT_LEASED,
-    IS_PAUSED, IS_PRESENT, LEASE, POSTPONE, PURGE, RELEASE, SAMPLE, SELECT_FRESH,
-    SELECT_FRESH_UNORDERED, SELECT_OLD, SELECT_RETRIED, SELECT_RETRIED_UNORDERED,
+    SAMPLE, SELECT_FRESH, SELECT_FRESH_UNORDERED, SELECT_RETRIED, SELECT_RETRIED_UNORDERED,
 };
+use transactions::{append, claim, claim_probes, present, purge, settle};
+use uuid::Uuid;
+use writing::{Kind, Writing};
+
+/// Rows in one claim while the reserve of the disk is in use: each takes room in the log.
+const CLAIM_ROWS_FULL: usize = 32;
+/// How long whoever counts is waited for at the end.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
+/// The same of the saving of a file that was taken away, which may be large.
+const SAVE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A queue in a SQLite file.
 #[derive(Debug)]
 pub struct SqliteStore {
+    shared: Arc<Shared>,
+    executor: Executor,
+}
+
+/// What the thread that writes and those who ask it have in common.
+#[derive(Debug)]
+struct Shared {
     path: PathBuf,
     use_index: bool,
     timeout: Duration,
     policy: Policy,
     pages_max: Option<u32>,
-    ownership: Mutex<Ownership>,
-    writer: Mutex<Option<Connection>>,
-    /// Counts without holding up the writer.
+    /// `false`: another process does, and keeps the leases.
+    serves: bool,
+    clock: Arc<Clock>,
+    /// The same for one who does not serve: what the clock of the one who does is ahead of ours.
+    ahead_ms: OnceLock<i64>,
+    /// Milliseconds; no row waits longer. 0: not known.
+    pause_max: Arc<AtomicU64>,
+    room: Room,
+    /// Why the file is not used any more.
+    fault: Mutex<Option<StoreError>>,
+    /// What a file that was taken away held is being saved.
+    is_saving: AtomicBool,
+    /// Counts without holding up whoever writes.
     reader: Mutex<Option<Connection>>,
+    /// Readers in use, and so not there.
+    reading: AtomicUsize,
+    is_closed: AtomicBool,
+    /// The oldest row, and when it was seen first.
+    oldest: Mutex<Option<(i64, Instant)>>,
 }
 
 impl SqliteStore {
-    /// Opens nothing yet. `timeout` bounds the wait for other processes that hold the file.
+    /// Opens nothing yet. `timeout` bounds each operation, and within it the wait for other
+    /// processes that hold the file.
     pub fn new(path: PathBuf, use_index: bool, timeout: Duration) -> SqliteStore {
-        SqliteStore {
+        SqliteStore::of(Shared {
+            room: Room::new(&path, Arc::default()),
             path,
             use_index,
             timeout,
             policy: Policy::Apply,
             pages_max: None,
-            ownership: Mutex::default(),
-            writer: Mutex::default(),
+            serves: true,
+            clock: Arc::default(),
+            ahead_ms: OnceLock::new(),
+            pause_max: Arc::default(),
+            fault: Mutex::default(),
+            is_saving: AtomicBool::new(false),
             reader: Mutex::default(),
+            reading: AtomicUsize::new(0),
+            is_closed: AtomicBool::new(false),
+            oldest: Mutex::default(),
+        })
+    }
+
+    fn of(shared: Shared) -> SqliteStore {
+        SqliteStore {
+            executor: Executor::new(shared.path.display().to_string(), shared.timeout),
+            shared: Arc::new(shared),
         }
+    }
+
+    /// Changes what is not in use yet.
+    fn with(mut self, change: impl FnOnce(&mut Shared)) -> SqliteStore {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            change(shared);
+        }
+        self
     }
 
     /// Refuses to let the file grow beyond so many pages of 4 KiB.
     #[must_use]
     pub fn with_pages_max(self, pages_max: u32) -> SqliteStore {
-        SqliteStore {
-            pages_max: Some(pages_max),
-            ..self
-        }
+        self.with(|shared| shared.pages_max = Some(pages_max))
     }
 
     /// Leaves the schema, and the file if there is none, to `asyncproxy migrate`, if the policy is so.
     #[must_use]
     pub fn with_policy(self, policy: Policy) -> SqliteStore {
-        SqliteStore { policy, ..self }
+        self.with(|shared| shared.policy = policy)
+    }
+
+    /// Keeps the time by a clock that others look at, too.
+    #[must_use]
+    pub fn with_clock(self, clock: Arc<Clock>) -> SqliteStore {
+        self.with(|shared| shared.clock = clock)
+    }
+
+    /// No pause and no lease is longer than so many milliseconds: what is to wait longer is due.
+    #[must_use]
+    pub fn with_pause_max(self, milliseconds: Arc<AtomicU64>) -> SqliteStore {
+        self.with(|shared| shared.pause_max = milliseconds)
+    }
+
+    /// Wants no new rows while less than so many bytes are free on the disk.
+    #[must_use]
+    pub fn with_min_free(self, bytes: Arc<AtomicU64>) -> SqliteStore {
+        self.with(|shared| shared.room = Room::new(&shared.path, bytes))
     }
 
     /// For one who does not serve the queue: whoever does keeps its leases.
     #[must_use]
     pub fn visiting(self) -> SqliteStore {
-        SqliteStore {
-            ownership: Mutex::new(Ownership::Others),
-            ..self
-        }
+        self.with(|shared| shared.serves = false)
     }
 
-    fn reader(&self) -> MutexGuard<'_, Option<Connection>> {
-        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Runs one write transaction.
-    fn write<T>(
+    /// Runs one write transaction, with the time that it is.
+    fn write<T: Send + 'static>(
         &self,
-        body: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+        kind: Kind,
+        body: impl Fn(&Transaction<'_>, i64) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let mut slot = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut connection = match slot.take() {
-            Some(connection) => connection,
-            None => self.open_migrated()?,
-        };
-        let result = connection
-            .transaction_with_behavior(TransactionBehavior::Immediate)
-            .and_then(|transaction| {
-                let value = body(&transaction)?;
-                transaction.commit()?;
-                Ok(value)
-            });
-        if result.is_ok() {
-            *slot = Some(connection);
-        } else {
-            // It shares what SQLite knows of the file, such as that it is read-only.
-            *self.reader() = None;
+        self.write_or_undo(kind, body, |_, _| {})
+    }
+
+    /// The same; `undo` gets the result if nobody waits for it any more.
+    fn write_or_undo<T: Send + 'static>(
+        &self,
+        kind: Kind,
+        body: impl Fn(&Transaction<'_>, i64) -> rusqlite::Result<T> + Send + 'static,
+        undo: impl FnOnce(&mut Writing, T) + Send + 'static,
+    ) -> Result<T, StoreError> {
+        if let Some(fault) = self.shared.latched() {
+            return Err(fault);
         }
-        result.map_err(|error| self.describe(&error))
+        let shared = Arc::clone(&self.shared);
+        self.executor.run(
+            || Writing::new(Arc::clone(&self.shared)),
+            move |writing| {
+                writing.transact(kind, &|transaction| body(transaction, shared.now_ms()))
+            },
+            undo,
+        )
     }
 
     /// Runs on a connection that only reads. After any error it is opened anew.
@@ -122,69 +196,154 @@ impl SqliteStore {
         &self,
         body: impl FnOnce(&Connection) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let kept = self.reader().take();
+        let shared = &self.shared;
+        if let Some(fault) = shared.latched() {
+            return Err(fault);
+        }
+        let _reading = Reading::begin(&shared.reading);
+        let kept = shared.reader().take();
         let reader = match kept {
             Some(reader) => reader,
             None => {
                 // Whoever comes first creates the schema.
-                self.write(|_| Ok(()))?;
-                self.open(READER_CACHE_KIB)
-                    .map_err(|error| self.describe(&error))?
+                self.write(Kind::Drains, |_, _| Ok(()))?;
+                let reader = shared.open_reader();
+                reader.map_err(|error| shared.describe(&error))?
             }
         };
-        let value = body(&reader)?;
-        *self.reader() = Some(reader);
-        Ok(value)
+        let result = body(&reader);
+        match &result {
+            Ok(_) if !shared.is_closed.load(Ordering::SeqCst) => *shared.reader() = Some(reader),
+            Err(StoreError::Damaged(why)) if shared.serves => shared.latch(why.clone()),
+            _ => {}
+        }
+        result
+    }
+
+    /// Closes the file: all rows are in it, unless others use it still, and nothing is done with it
+    /// any more.
+    fn end(&self) -> Result<(), StoreError> {
+        let shared = &self.shared;
+        if shared.is_closed.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        let deadline = Instant::now() + CLOSE_PATIENCE.min(shared.timeout);
+        while shared.reading.load(Ordering::SeqCst) > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        *shared.reader() = None;
+        let deadline = Instant::now() + SAVE_PATIENCE;
+        while shared.is_saving.load(Ordering::SeqCst) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        if !self.executor.is_started() {
+            return Ok(());
+        }
+        let closed = self.executor.run(
+            || Writing::new(Arc::clone(shared)),
+            Writing::close,
+            |_, ()| {},
+        );
+        self.executor.close(Instant::now() + shared.timeout);
+        match closed {
+            Err(error) if shared.is_saving.load(Ordering::SeqCst) => {
+                let why = "what it held is not saved yet";
+                Err(StoreError::Damaged(format!("{error}; {why}")))
+            }
+            closed => closed,
+        }
+    }
+}
+
+impl Drop for SqliteStore {
+    fn drop(&mut self) {
+        // Whoever wants to know how it went calls `close`.
+        let _ = self.end();
+    }
+}
+
+impl Shared {
+    fn reader(&self) -> MutexGuard<'_, Option<Connection>> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why the file is not used any more, if it is not.
+    fn latched(&self) -> Option<StoreError> {
+        let fault = self.fault.lock();
+        fault.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From now on, until a restart, the file is not used any more.
+    fn latch(&self, why: String) {
+        let mut fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+        *fault = Some(StoreError::Damaged(why));
+    }
+
+    /// Now, as whoever serves the file has it.
+    fn now_ms(&self) -> i64 {
+        let now = to_ms(self.clock.now());
+        match self.serves {
+            true => now,
+            false => now.saturating_add(
+                *self
+                    .ahead_ms
+                    .get_or_init(|| file::ahead_of_system(&self.path)),
+            ),
+        }
+    }
+
+    fn pause_max(&self) -> Option<Duration> {
+        let pause_max = self.pause_max.load(Ordering::Relaxed);
+        (pause_max > 0).then(|| Duration::from_millis(pause_max))
+    }
+
+    /// The age of the oldest row. It may have been received by a clock that was set since: it is as
+    /// old as the later of the two clocks says, and as it has been seen here.
+    fn age(&self, received_at: i64, seq: i64, now: i64) -> Duration {
+        let instant = self.clock.instant();
+        let mut oldest = self.oldest.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen_at = match *oldest {
+            Some((known, seen_at)) if known == seq => seen_at,
+            _ => instant,
+        };
+        *oldest = Some((seq, seen_at));
+        let now = now.max(to_ms(self.clock.time_of_day()));
+        let age = u64::try_from(now.saturating_sub(received_at)).unwrap_or(0);
+        Duration::from_millis(age).max(instant.saturating_duration_since(seen_at))
+    }
+}
+
+/// A reader is in use, until dropped.
+struct Reading<'a>(&'a AtomicUsize);
+
+impl Reading<'_> {
+    fn begin(count: &AtomicUsize) -> Reading<'_> {
+        count.fetch_add(1, Ordering::SeqCst);
+        Reading(count)
+    }
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 impl Store for SqliteStore {
     fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
-        self.write(|transaction| {
-            let now = now_ms();
-            let mut insert = transaction.prepare(INSERT)?;
-            let mut insert_leased = transaction.prepare(INSERT_LEASED)?;
-            let mut insert_dead = transaction.prepare(INSERT_DEAD)?;
-            for NewRow {
-                request,
-                attempt,
-                fate,
-            } in rows
-            {
-                let (statement, at, failure) = match fate {
-                    Fate::Due { after, failure } => {
-                        (&mut insert, add_ms(now, *after), failure.as_ref())
-                    }
-                    Fate::Leased(lease) => (&mut insert_leased, add_ms(now, *lease), None),
-                    Fate::Dead(failure) => (&mut insert_dead, now, Some(failure)),
-                };
-                statement.execute(params![
-                    request.id.as_bytes(),
-                    to_ms(request.received_at),
-                    at,
-                    attempt,
-                    failure.and_then(|failure| failure.status),
-                    failure.map(|failure| &failure.error),
-                    request.method,
-                    request.target,
-                    request.headers.as_bytes(),
-                    request.body,
-                ])?;
-            }
-            Ok(())
-        })
+        let rows = rows.to_vec();
+        let bytes: usize = rows.iter().map(|row| row.request.bytes()).sum();
+        self.write(Kind::Grows, move |transaction, now| {
+            append(transaction, now, &rows)
+        })?;
+        self.shared.room.spend(bytes as u64);
+        Ok(())
     }
 
     fn present(&self, ids: &[Uuid]) -> Result<HashSet<Uuid>, StoreError> {
-        self.write(|transaction| {
-            let mut is_present = transaction.prepare(IS_PRESENT)?;
-            let mut present = HashSet::new();
-            for id in ids {
-                if is_present.query_row([id.as_bytes()], |row| row.get(0))? {
-                    present.insert(*id);
-                }
-            }
-            Ok(present)
+        let ids = ids.to_vec();
+        self.write(Kind::Drains, move |transaction, _| {
+            present(transaction, &ids)
         })
     }
 
@@ -195,236 +354,118 @@ impl Store for SqliteStore {
         bytes_max: usize,
         lease: Duration,
     ) -> Result<Claim, StoreError> {
-        self.write(|transaction| {
-            let now = now_ms();
-            if transaction.query_row(IS_PAUSED, [], |row| row.get(0))? {
-                return Ok(Claim::default());
-            }
-            let mut select = transaction.prepare(match (class, self.use_index) {
-                (Class::Fresh, true) => SELECT_FRESH,
-                (Class::Retried, true) => SELECT_RETRIED,
-                (Class::Fresh, false) => SELECT_FRESH_UNORDERED,
-                (Class::Retried, false) => SELECT_RETRIED_UNORDERED,
-            })?;
-            // Collected before anything is changed that the SELECT walks along.
-            let (mut due, mut bytes) = (Vec::with_capacity(limit), 0);
-            let mut rows = select.query(params![now, i64::try_from(limit).unwrap_or(i64::MAX)])?;
-            while let Some(row) = rows.next()? {
-                let read = read(row);
-                bytes += read.as_ref().map_or(0, |row| row.request.bytes());
-                if bytes > bytes_max && !due.is_empty() {
-                    break;
-                }
-                due.push((row.get::<_, i64>(0)?, read));
-            }
-            drop(rows);
-            lease_all(transaction, due, add_ms(now, lease), now)
-        })
+        let shared = &self.shared;
+        let limit = match shared.room.is_given_up() {
+            true => limit.min(CLAIM_ROWS_FULL),
+            false => limit,
+        };
+        let select = match (class, shared.use_index) {
+            (Class::Fresh, true) => SELECT_FRESH,
+            (Class::Retried, true) => SELECT_RETRIED,
+            (Class::Fresh, false) => SELECT_FRESH_UNORDERED,
+            (Class::Retried, false) => SELECT_RETRIED_UNORDERED,
+        };
+        self.write_or_undo(
+            Kind::Drains,
+            move |transaction, now| {
+                let until = add_ms(now, lease);
+                claim(transaction, select, (limit, bytes_max), (now, until))
+            },
+            // Nobody is there to send them.
+            give_back,
+        )
     }
 
     fn claim_probes(&self, wanted: &Probe<'_>, lease: Duration) -> Result<Claim, StoreError> {
-        self.write(|transaction| {
-            let now = now_ms();
-            if transaction.query_row(IS_PAUSED, [], |row| row.get(0))? {
-                return Ok(Claim::default());
-            }
-            let due = probes::due(transaction, wanted, now)?;
-            lease_all(transaction, due, add_ms(now, lease), now)
-        })
+        let limit = match self.shared.room.is_given_up() {
+            true => wanted.limit.min(CLAIM_ROWS_FULL),
+            false => wanted.limit,
+        };
+        let (class, spot, bytes_max) = (wanted.class, wanted.spot, wanted.bytes_max);
+        let except = wanted.except.to_vec();
+        self.write_or_undo(
+            Kind::Drains,
+            move |transaction, now| {
+                let wanted = Probe {
+                    class,
+                    spot,
+                    limit,
+                    bytes_max,
+                    except: &except,
+                };
+                claim_probes(transaction, &wanted, (now, add_ms(now, lease)))
+            },
+            give_back,
+        )
     }
 
     fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
-        self.write(|transaction| {
-            let now = now_ms();
-            let mut settled = Settled::default();
-            let mut delete = transaction.prepare(DELETE)?;
-            let mut postpone = transaction.prepare(POSTPONE)?;
-            let mut release = transaction.prepare(RELEASE)?;
-            for Settlement {
-                id,
-                attempt,
-                decision,
-            } in settlements
-            {
-                let id = id.as_bytes();
-                let (changed, count) = match decision {
-                    Decision::Attempted(Verdict::Delivered) => (
-                        delete.execute(params![id, attempt])?,
-                        &mut settled.delivered,
-                    ),
-                    Decision::Attempted(Verdict::Later { after, failure }) => {
-                        let Failure { status, error } = failure;
-                        let at = add_ms(now, *after);
-                        (
-                            postpone.execute(params![id, attempt, at, status, error])?,
-                            &mut settled.later,
-                        )
-                    }
-                    Decision::Attempted(Verdict::Bury(Failure { status, error })) => {
-                        transaction.execute(BURY, params![id, attempt, now, status, error])?;
-                        (delete.execute(params![id, attempt])?, &mut settled.buried)
-                    }
-                    Decision::Release => (
-                        release.execute(params![id, attempt, now])?,
-                        &mut settled.released,
-                    ),
-                };
-                *(if changed == 1 {
-                    count
-                } else {
-                    &mut settled.stale
-                }) += 1;
-            }
-            Ok(settled)
+        let settlements = settlements.to_vec();
+        self.write(Kind::Drains, move |transaction, now| {
+            settle(transaction, now, &settlements)
         })
     }
 
     fn purge(&self, older_than: Duration, limit: usize) -> Result<u64, StoreError> {
-        self.write(|transaction| {
-            let died_before = sub_ms(now_ms(), older_than);
-            let mut select = transaction.prepare(SELECT_OLD)?;
-            let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-            // Collected before anything is deleted that the SELECT walks along.
-            let (mut old, mut bytes) = (Vec::new(), 0_u64);
-            let mut rows = select.query(params![died_before, limit])?;
-            while let Some(row) = rows.next()? {
-                old.push(row.get::<_, i64>(0)?);
-                // A length: never negative.
-                bytes += row.get::<_, i64>(1)?.unsigned_abs();
-                if bytes >= BATCH_BYTES_MAX as u64 {
-                    break;
-                }
-            }
-            drop(rows);
-            let mut purge = transaction.prepare(PURGE)?;
-            for seq in &old {
-                purge.execute([seq])?;
-            }
-            Ok(old.len() as u64)
+        self.write(Kind::Drains, move |transaction, now| {
+            purge(transaction, sub_ms(now, older_than), limit)
         })
     }
 
     fn sample(&self) -> Result<Sample, StoreError> {
-        let now = now_ms();
+        let now = self.shared.now_ms();
         let sample = |row: &Row<'_>| {
             // Counts: never negative.
             let count = |column| row.get(column).map(i64::unsigned_abs);
             let (all, leased) = (count(0)?, count(1)?);
             let oldest: Option<i64> = row.get(2)?;
+            let first: Option<i64> = row.get(5)?;
             Ok(Sample {
                 waiting: all.saturating_sub(leased),
                 leased,
                 dead: count(3)?,
-                oldest: oldest.map(|oldest| {
-                    Duration::from_millis(u64::try_from(now.saturating_sub(oldest)).unwrap_or(0))
-                }),
+                oldest: oldest
+                    .zip(first)
+                    .map(|(oldest, first)| self.shared.age(oldest, first, now)),
                 is_paused: row.get(4)?,
             })
         };
         self.with_reader(|reader| {
             reader
                 .query_row(SAMPLE, [now], sample)
-                .map_err(|error| self.describe(&error))
+                .map_err(|error| self.shared.describe(&error))
         })
     }
-}
 
-/// A row by its place, and as it was read.
-type Due = (i64, Result<Claimed, String>);
-
-/// Leases rows until then; buries those that could not be read.
-fn lease_all(
-    transaction: &Transaction<'_>,
-    due: Vec<Due>,
-    until: i64,
-    now: i64,
-) -> rusqlite::Result<Claim> {
-    let mut claim = Claim::default();
-    let mut lease_one = transaction.prepare(LEASE)?;
-    for (seq, read) in due {
-        match read {
-            Ok(claimed) => {
-                lease_one.execute(params![seq, until])?;
-                claim.rows.push(claimed);
-            }
-            Err(why) => {
-                let why = format!("row cannot be read: {why}");
-                transaction.execute(BURY_UNREADABLE, params![seq, now, why])?;
-                transaction.execute(DELETE_UNREADABLE, [seq])?;
-                claim.unreadable += 1;
-            }
-        }
+    fn shortage(&self) -> Option<String> {
+        self.shared.room.shortage()
     }
-    Ok(claim)
-}
 
-/// Reads a row of `SELECT_DUE`, for the attempt to come.
-///
-/// # Errors
-/// Why the row is none that this program could have written.
-fn read(row: &Row<'_>) -> Result<Claimed, String> {
-    let describe = |error: rusqlite::Error| error.to_string();
-    let id = row.get::<_, Vec<u8>>("id").map_err(describe)?;
-    let attempt = row.get::<_, u32>("attempt").map_err(describe)?;
-    let headers = row.get::<_, Vec<u8>>("headers").map_err(describe)?;
-    let request = Request {
-        id: Uuid::from_slice(&id).map_err(|error| format!("id: {error}"))?,
-        received_at: from_ms(row.get("received_at").map_err(describe)?)
-            .ok_or("received_at is out of range")?,
-        method: row.get("method").map_err(describe)?,
-        target: row.get("target").map_err(describe)?,
-        headers: Headers::from_bytes(headers).map_err(|error| error.to_string())?,
-        body: row.get("body").map_err(describe)?,
-    };
-    request.check().map_err(|error| error.to_string())?;
-    Ok(Claimed {
-        request,
-        attempt: attempt.checked_add(1).ok_or("attempt is out of range")?,
-    })
-}
-
-fn now_ms() -> i64 {
-    to_ms(SystemTime::now())
-}
-
-fn to_ms(time: SystemTime) -> i64 {
-    let ms = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
-    match time.duration_since(UNIX_EPOCH) {
-        Ok(since) => ms(since),
-        Err(before) => -ms(before.duration()),
+    fn close(&self) -> Result<(), StoreError> {
+        self.end()
     }
 }
 
-fn from_ms(ms: i64) -> Option<SystemTime> {
-    let distance = Duration::from_millis(ms.unsigned_abs());
-    if ms >= 0 {
-        UNIX_EPOCH.checked_add(distance)
-    } else {
-        UNIX_EPOCH.checked_sub(distance)
-    }
-}
-
-fn add_ms(now: i64, duration: Duration) -> i64 {
-    now.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
-}
-
-fn sub_ms(now: i64, duration: Duration) -> i64 {
-    now.saturating_sub(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
+fn give_back(writing: &mut Writing, claim: Claim) {
+    let unsent: Vec<_> = claim
+        .rows
+        .into_iter()
+        .map(|row| Settlement {
+            id: row.request.id,
+            attempt: row.attempt,
+            decision: Decision::Release,
+        })
+        .collect();
+    let shared = Arc::clone(&writing.shared);
+    // Best effort: what is not given back is due again when its lease is over.
+    let _ = writing.transact(Kind::Drains, &|transaction| {
+        settle(transaction, shared.now_ms(), &unsent)
+    });
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn times_survive_and_never_overflow() {
-        for ms in [0, 1, -1, 1_700_000_000_123] {
-            assert_eq!(from_ms(ms).map(to_ms), Some(ms));
-        }
-        assert_eq!(add_ms(i64::MAX - 1, Duration::MAX), i64::MAX);
-        assert_eq!(sub_ms(-2, Duration::MAX), i64::MIN);
-        let _ = from_ms(i64::MIN);
-    }
 
     #[test]
     fn files_are_private() {

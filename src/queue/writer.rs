@@ -48,12 +48,21 @@ pub enum Place {
 #[derive(Debug, Clone)]
 pub struct Appender {
     appends: Sender<Append>,
+    store: Arc<dyn Store>,
     health: Arc<StoreHealth>,
     spool: Option<Arc<Spool>>,
     timeout: Duration,
 }
 
 impl Appender {
+    /// Why no new row would be taken though there is something that works, if so.
+    pub fn shortage(&self) -> Option<String> {
+        match (&self.spool, self.health.fault()) {
+            (Some(spool), Some(_)) => spool.shortage(),
+            _ => self.store.shortage(),
+        }
+    }
+
     /// Whether rows are taken while the store does not work.
     pub fn has_spool(&self) -> bool {
         self.spool.as_ref().is_some_and(|spool| spool.works())
@@ -78,10 +87,10 @@ impl Appender {
     }
 
     /// As [`Appender::append`], for a row that may be refused: `None` when there are as many rows
-    /// as there may be.
+    /// as there may be, or the disk is nearly full.
     pub fn append_new(&self, row: NewRow) -> Option<Result<Place, StoreError>> {
         let depth = &self.health.depth;
-        if !depth.try_enter() {
+        if self.shortage().is_some() || !depth.try_enter() {
             return None;
         }
         let result = self.commit(row);
@@ -176,6 +185,7 @@ impl Writer {
         let (sender, receiver) = bounded(2 * BATCH_ROWS_MAX);
         let appender = Appender {
             appends: sender,
+            store: Arc::clone(&store),
             health: Arc::clone(&health),
             spool: spool.clone(),
             timeout,

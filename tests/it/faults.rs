@@ -62,7 +62,7 @@ fn at_a_shutdown_what_exists_nowhere_else_is_stored_before_leases_are_given_back
     proxy.sigterm();
     proxy.wait_for_log("storing what is left");
     // The fault lasts for a while, in which the leases alone would be tried.
-    thread::sleep(Duration::from_secs(4));
+    thread::sleep(Duration::from_secs(3));
     drop(held);
     assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.log());
     destination.answer(|_| Answer::ok());

@@ -20,6 +20,7 @@ mod answers;
 mod bench;
 mod breaker;
 mod cli;
+mod clock;
 mod cluster_rate;
 mod contract;
 mod control;
@@ -64,6 +65,7 @@ mod secrets;
 mod selftest;
 mod shutdown;
 mod spool;
+mod sqlite_faults;
 mod sqlite_store;
 mod systemd;
 #[cfg(feature = "tls")]

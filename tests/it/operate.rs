@@ -9,7 +9,7 @@ use asyncproxy::queue::{Class, Decision, Fate, NewRow, Settlement};
 use asyncproxy::settle::{Failure, Verdict};
 use uuid::Uuid;
 
-use crate::contract::{Bench, LEASE, append_one, claim, request, row};
+use crate::contract::{Bench, Dialect, LEASE, append_one, claim, request, row};
 
 macro_rules! operate {
     ($($test:ident),+ $(,)?) => {
@@ -38,6 +38,7 @@ operate!(
     buried_rows_say_who_did_it,
     rows_that_are_being_sent_are_left_alone,
     nothing_is_claimed_while_paused,
+    a_value_that_is_none_hides_no_row,
 );
 
 fn failed(status: Option<u16>) -> Failure {
@@ -363,4 +364,40 @@ fn nothing_is_claimed_while_paused(bench: &Bench) {
     assert_eq!(store.set_paused(false), Ok(true));
     assert_eq!(store.set_paused(false), Ok(false));
     assert_eq!(claim(other, 10).len(), 2);
+}
+
+fn a_value_that_is_none_hides_no_row(bench: &Bench) {
+    let store = bench.operate();
+    let good = append_one(&*store);
+    let failed = NewRow {
+        attempt: 1,
+        fate: Fate::Dead(failed(Some(500))),
+        ..row(request(b"dead"))
+    };
+    let dead = failed.request.id;
+    store.append(&[failed]).unwrap();
+    match bench.dialect {
+        Dialect::Sqlite => (bench.sql)(
+            "UPDATE proxy_requests SET last_status = 1 << 40, last_error = CAST(x'ff41' AS TEXT),
+                    target = CAST(x'ff' AS TEXT), attempt = 1 << 40, received_at = -1 << 62;
+             UPDATE proxy_dead_letters SET last_status = 1 << 40, attempt = -1, died_at = 1 << 62;
+             INSERT INTO proxy_dead_letters (id, died_at, last_error) VALUES (x'01', 1, 'x'), (NULL, 1, 'y')",
+        ),
+        Dialect::Postgres => (bench.sql)(
+            "UPDATE proxy_requests SET last_status = 2147483647;
+             UPDATE proxy_dead_letters SET last_status = -1, attempt = -1, died_at = 'infinity'",
+        ),
+    }
+    let rows = store.list(&Filter::default(), None, 10).unwrap();
+    let ids: Vec<_> = rows.iter().map(|row| row.id).collect();
+    assert_eq!(ids, [good, dead]);
+    assert_eq!(store.find(good).unwrap().as_ref(), Some(&rows[0]));
+    if bench.dialect == Dialect::Sqlite {
+        assert_eq!((rows[0].last_status, rows[1].last_status), (None, None));
+        assert_eq!((rows[0].attempt, rows[1].attempt), (None, None));
+        assert_eq!(rows[0].last_error.as_deref(), Some("\u{fffd}A"));
+        assert_eq!(rows[0].target, None);
+    }
+    let after = rows.last().map(Row::position);
+    assert_eq!(store.list(&Filter::default(), after, 10).unwrap(), []);
 }

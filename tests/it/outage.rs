@@ -175,7 +175,9 @@ fn a_read_only_sqlite_file_is_reported_and_picked_up_again() {
     let disk = Disk::mount("16m");
     let mut destination = Destination::down();
     let connection = format!("sqlite:{}", disk.path("queue.sqlite").display());
-    let setup = Setup::new(&destination.url()).set("db.connection_string", connection);
+    let setup = Setup::new(&destination.url())
+        .set("db.connection_string", connection)
+        .set("queue.min_free", 0);
     let proxy = setup.start();
     proxy.accept(0..10);
     metrics::wait_for(&proxy, "10 rows", |metrics| {
@@ -214,6 +216,7 @@ fn a_full_disk_is_reported_and_no_acknowledged_request_lost() {
     let connection = format!("sqlite:{}", disk.path("queue.sqlite").display());
     let setup = Setup::new(&destination.url())
         .set("db.connection_string", connection)
+        .set("queue.min_free", 0)
         .set("server.enqueue_rate", 0)
         .set("proxy.num_clients", 2);
     let proxy = setup.start();
@@ -233,9 +236,19 @@ fn a_full_disk_is_reported_and_no_acknowledged_request_lost() {
         }
     }
     assert!(acknowledged.len() > 10 && refused > 10, "{acknowledged:?}");
-    proxy.wait_for_log("store does not work");
-    proxy.wait_for_log("full");
-    wait_until_ready_says(&proxy, 503, "full");
+    proxy.wait_for_log("request refused");
+    // What is free is looked at once a second, and estimated in between.
+    wait_until("a disk that is full, and known to be", || {
+        let answer = http::exchange(proxy.intake, &large(120 + refused));
+        if answer.status == 200 {
+            acknowledged.push(120 + refused);
+        }
+        refused += 1;
+        let ready = http::get(proxy.control, "/readyz");
+        ready.status == 503
+            && ready.text().contains("full")
+            && proxy.log().contains("no new requests are stored")
+    });
     disk.remount("size=64m");
     destination.open();
     destination.wait_until(PATIENCE, "all acknowledged", |seen| {
@@ -261,7 +274,9 @@ fn a_full_disk_from_the_start_stops_nobody() {
     filled.expect_err("the disk is full");
     let destination = Destination::start();
     let connection = format!("sqlite:{}", disk.path("queue.sqlite").display());
-    let setup = Setup::new(&destination.url()).set("db.connection_string", connection);
+    let setup = Setup::new(&destination.url())
+        .set("db.connection_string", connection)
+        .set("queue.min_free", 0);
     let proxy = setup.start();
     wait_until_ready_says(&proxy, 200, "nothing can be stored");
     proxy.accept(0..3);

@@ -160,6 +160,41 @@ fn senders_are_told_to_close_by_tiny_http() {
     senders_are_told_to_close("tiny_http");
 }
 
+/// Its beginning may be with the front, on its way to a thread, or not noticed at all: wherever it
+/// is when the signal comes, the rest is waited for.
+#[test]
+fn a_request_that_has_begun_is_not_cut_off_by_the_stop() {
+    let destination = Destination::start();
+    let setup = Setup::new(&destination.url())
+        .set("server.read_timeout", LONG)
+        .set("server.shutdown_timeout", LONG);
+    let mut number = 0;
+    for _ in 0..8 {
+        let mut proxy = setup.start();
+        let mut senders: Vec<_> = (0..16).map(|_| Connection::open(proxy.intake)).collect();
+        for sender in &mut senders {
+            assert_eq!(sender.exchange(&http::numbered(number)).status, 200);
+            number += 1;
+        }
+        let mut rests = Vec::new();
+        for sender in &mut senders {
+            let request = http::numbered(number);
+            let (begun, rest) = request.split_at(request.len() / 2);
+            sender.send(begun);
+            rests.push(rest.to_vec());
+            number += 1;
+        }
+        proxy.sigterm();
+        wait_until_refused(&proxy);
+        for (sender, rest) in senders.iter_mut().zip(rests) {
+            sender.send(&rest);
+            assert_eq!(sender.response().expect("an answer").status, 200);
+        }
+        assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.log());
+    }
+    destination.wait_for_numbers(number, PATIENCE);
+}
+
 #[test]
 fn a_loss_is_not_passed_over_in_silence() {
     let destination = Destination::answering(|_| Answer::hang());

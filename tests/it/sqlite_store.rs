@@ -62,7 +62,7 @@ fn leases_of_a_program_that_lives_are_left_alone() {
 fn opening_anew_ends_no_lease() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("queue.sqlite");
-    let store = SqliteStore::new(path.clone(), true, Duration::from_millis(10));
+    let store = SqliteStore::new(path.clone(), true, Duration::from_secs(2));
     append_one(&store);
     assert_eq!(claim(&store, 1).len(), 1);
     let other = rusqlite::Connection::open(&path).unwrap();

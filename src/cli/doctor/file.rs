@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Access, access, statfs, statvfs};
 use rustix::process::geteuid;
@@ -10,8 +11,10 @@ use rustix::process::geteuid;
 use super::{Doctor, Finding, PATIENCE, size, within};
 use crate::config::Config;
 use crate::queue::migrate::{Policy, Version};
-use crate::queue::sqlite::{SqliteStore, inspect};
+use crate::queue::sqlite::{REMEDY, SqliteStore, inspect};
 
+/// Beyond what file systems and clocks are inexact.
+const CLOCK_DIFFERENCE: Duration = Duration::from_secs(2);
 const FREE_MIN: u64 = 64 << 20;
 const FREE_LITTLE: u64 = 1 << 30;
 /// It is cut back to 16 MiB after each copy into the database, unless a reader stays in it.
@@ -55,7 +58,10 @@ pub(super) fn findings(
         findings.push(private(about, &shown, &facts));
     }
     findings.extend(network(about, &facts));
-    findings.extend(facts.free.map(|free| space(about, free)));
+    let min_free = config.queue.min_free;
+    findings.extend(facts.free.map(|free| space(about, free, min_free)));
+    findings.extend(clock(about, facts.written_ahead));
+    findings.extend(saved(about, &facts.saved));
     findings.extend(wal(about, facts.wal_bytes));
     let store = SqliteStore::new(path.to_owned(), config.db.use_index, config.db.timeout);
     findings.push(match store.version() {
@@ -81,6 +87,10 @@ struct Facts {
     /// Bytes, for users without special rights.
     free: Option<u64>,
     wal_bytes: u64,
+    /// How much later than now it was written.
+    written_ahead: Duration,
+    /// What was saved when it was taken away while in use.
+    saved: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -117,9 +127,30 @@ impl Facts {
             free: statvfs(&directory)
                 .ok()
                 .map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize)),
-            wal_bytes: fs::metadata(wal).map_or(0, |metadata| metadata.len()),
+            written_ahead: written_ahead(&[path, Path::new(&wal)]),
+            wal_bytes: fs::metadata(&wal).map_or(0, |metadata| metadata.len()),
+            saved: saved_beside(path, &directory),
         }
     }
+}
+
+fn written_ahead(files: &[&Path]) -> Duration {
+    let written = |path: &&Path| fs::metadata(path).and_then(|file| file.modified()).ok();
+    let last = files.iter().filter_map(written).max();
+    last.and_then(|last| last.duration_since(SystemTime::now()).ok())
+        .unwrap_or_default()
+}
+
+fn saved_beside(path: &Path, directory: &Path) -> Vec<String> {
+    let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+        return Vec::new();
+    };
+    let prefix = format!("{name}-saved-");
+    let files = fs::read_dir(directory).into_iter().flatten().flatten();
+    let names = files.filter_map(|file| file.file_name().into_string().ok());
+    let mut saved: Vec<String> = names.filter(|name| name.starts_with(&prefix)).collect();
+    saved.sort();
+    saved
 }
 
 fn stuck(about: &'static str, path: &str) -> Finding {
@@ -180,10 +211,15 @@ fn network(about: &'static str, facts: &Facts) -> Option<Finding> {
     ))
 }
 
-fn space(about: &'static str, free: u64) -> Finding {
+fn space(about: &'static str, free: u64, min_free: u64) -> Finding {
     let found = format!("{} free on its disk", size(free));
     let mend = "make room: a full disk refuses requests";
     match free {
+        _ if free < min_free => Finding::error(
+            about,
+            format!("{found}, less than queue.min_free ({})", size(min_free)),
+            "make room, or set queue.min_free: as it is, requests that would have to be stored are refused",
+        ),
         0..FREE_MIN => Finding::error(about, found, mend),
         FREE_MIN..FREE_LITTLE => Finding::warning(about, found, mend),
         _ => Finding::ok(about, found),
@@ -198,6 +234,31 @@ fn wal(about: &'static str, bytes: u64) -> Option<Finding> {
             "end whatever else reads the file: as long as it does, the log cannot be cut",
         )
     })
+}
+
+fn clock(about: &'static str, ahead: Duration) -> Option<Finding> {
+    (ahead > CLOCK_DIFFERENCE).then(|| {
+        let seconds = ahead.as_secs();
+        Finding::warning(
+            about,
+            format!("it was written {seconds} s later than now: the clock has been set back"),
+            "see that the machine keeps the time (chrony, systemd-timesyncd)",
+        )
+    })
+}
+
+fn saved(about: &'static str, files: &[String]) -> Option<Finding> {
+    let last = files.last()?;
+    Some(Finding::warning(
+        about,
+        format!(
+            "requests of a file that was taken away while in use are saved in {}",
+            files.join(", ")
+        ),
+        format!(
+            "DB_CONNECTION_STRING=sqlite:{last} asyncproxy queue export --output FILE, asyncproxy queue import FILE, and remove it"
+        ),
+    ))
 }
 
 /// Of either store.
@@ -228,11 +289,7 @@ fn unreadable(about: &'static str, error: &str) -> Finding {
 fn intact(about: &'static str, checked: Result<String, String>) -> Finding {
     match checked {
         Ok(lines) if lines == "ok" => Finding::ok(about, "quick_check finds nothing wrong"),
-        Ok(lines) | Err(lines) => Finding::error(
-            about,
-            format!("quick_check: {lines}"),
-            "stop the program, and rescue it with the sqlite3 shell's .recover",
-        ),
+        Ok(lines) | Err(lines) => Finding::error(about, format!("quick_check: {lines}"), REMEDY),
     }
 }
 
@@ -280,14 +337,30 @@ mod tests {
         };
         assert_eq!(network("a", &on(None)), None);
         assert_eq!(network("a", &on(Some("NFS"))).unwrap().level, Level::Error);
-        assert_eq!(space("a", 0).level, Level::Error);
-        assert_eq!(space("a", FREE_MIN).level, Level::Warning);
-        assert_eq!(space("a", FREE_LITTLE).level, Level::Ok);
+        assert_eq!(space("a", 0, 0).level, Level::Error);
+        assert_eq!(space("a", FREE_MIN, 0).level, Level::Warning);
+        assert_eq!(space("a", FREE_LITTLE, FREE_LITTLE).level, Level::Ok);
+        assert_eq!(space("a", FREE_LITTLE, u64::MAX).level, Level::Error);
+        assert_eq!(clock("a", CLOCK_DIFFERENCE), None);
+        let hour = clock("a", Duration::from_secs(3600)).unwrap();
+        assert!(hour.found.contains("written 3600 s later than now"));
         assert_eq!(wal("a", WAL_LARGE), None);
         assert_eq!(wal("a", WAL_LARGE + 1).unwrap().level, Level::Warning);
         assert_eq!(intact("a", Ok("ok".into())).level, Level::Ok);
         assert_eq!(intact("a", Err("malformed".into())).level, Level::Error);
         assert!(Facts::gather(Path::new("none")).free.is_some());
+    }
+
+    #[test]
+    fn what_was_saved_beside_it_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("queue.sqlite");
+        assert_eq!(saved("a", &Facts::gather(&path).saved), None);
+        let name = "queue.sqlite-saved-20260102T030405Z";
+        fs::write(directory.path().join(name), "").unwrap();
+        fs::write(directory.path().join("other.sqlite-saved-2"), "").unwrap();
+        let finding = saved("a", &Facts::gather(&path).saved).unwrap();
+        assert!(finding.found.ends_with(name), "{finding:?}");
     }
 
     #[test]

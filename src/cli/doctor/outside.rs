@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::{Finding, PATIENCE, within};
 use crate::config::own::{self, Listener, OwnAddress, host_and_port};
 use crate::config::{Bind, Config, RemoteUrl};
+use crate::printable;
 use crate::upstream;
 
 /// Addresses of one name that are tried.
@@ -24,7 +25,42 @@ pub(super) fn findings(config: &Config) -> Vec<Finding> {
         Err(own) => itself(&shown, &own),
         Ok(()) => destination(&shown, reach(remote)),
     };
-    vec![destination, instance(asked(&config.metrics.bind))]
+    let answer = asked(&config.metrics.bind);
+    let mut findings = vec![destination];
+    if let Answer::Instance(status) = &answer {
+        findings.extend(clock(status));
+        findings.extend(store(status));
+    }
+    findings.push(instance(answer));
+    findings
+}
+
+/// Whether the clock was set while the instance ran.
+fn clock(status: &Value) -> Option<Finding> {
+    let by = status["clock"]["set_by_seconds"].as_i64()?;
+    let ago = status["clock"]["seconds_ago"].as_f64().unwrap_or(0.0);
+    let how = if by < 0 { "back" } else { "forward" };
+    Some(Finding::warning(
+        "clock",
+        format!(
+            "it was set {how} by {} s, {ago:.0} s ago: times of receipt before and after do not compare",
+            by.unsigned_abs()
+        ),
+        "see that the machine keeps the time (chrony, systemd-timesyncd)",
+    ))
+}
+
+/// What the instance says of its store.
+fn store(status: &Value) -> Option<Finding> {
+    let found = status["store"]["fault"].as_str();
+    let found = found.or(status["store"]["shortage"].as_str())?;
+    let found = printable::line(found.as_bytes());
+    let mend = "see what it says, and its log";
+    Some(Finding::error(
+        "store",
+        format!("the instance: {found}"),
+        mend,
+    ))
 }
 
 /// Resolves and connects; sends nothing.
@@ -85,8 +121,8 @@ fn destination(shown: &str, reached: Result<(SocketAddr, Duration), String>) -> 
 /// What answered on the control port.
 #[derive(Debug)]
 enum Answer {
-    /// The version that `/status` tells.
-    Version(String),
+    /// What `/status` tells.
+    Instance(Value),
     Nothing(String),
     /// Something that is no asyncproxy.
     Strange(String),
@@ -104,13 +140,9 @@ fn asked(bind: &Bind) -> Answer {
         Ok(told) => told,
         Err(error) => return Answer::Nothing(format!("{address}: {error}")),
     };
-    let status: Option<Value> = serde_json::from_str(&told).ok();
-    let version = status
-        .as_ref()
-        .and_then(|status| status.get("version")?.as_str());
-    match version {
-        Some(version) => Answer::Version(version.to_owned()),
-        None => Answer::Strange(address),
+    match serde_json::from_str::<Value>(&told) {
+        Ok(status) if status["version"].is_string() => Answer::Instance(status),
+        _ => Answer::Strange(address),
     }
 }
 
@@ -118,14 +150,17 @@ fn instance(answer: Answer) -> Finding {
     const ABOUT: &str = "metrics.bind";
     const OWN: &str = env!("CARGO_PKG_VERSION");
     match answer {
-        Answer::Version(version) if version == OWN => {
+        Answer::Instance(status) if status["version"] == OWN => {
             Finding::ok(ABOUT, format!("an instance runs here, version {OWN}"))
         }
-        Answer::Version(version) => Finding::warning(
-            ABOUT,
-            format!("the instance that runs here has version {version}, this is {OWN}"),
-            "restart it, so that it runs what is installed",
-        ),
+        Answer::Instance(status) => {
+            let version = status["version"].as_str().unwrap_or_default();
+            Finding::warning(
+                ABOUT,
+                format!("the instance that runs here has version {version}, this is {OWN}"),
+                "restart it, so that it runs what is installed",
+            )
+        }
         Answer::Nothing(error) => Finding::ok(ABOUT, format!("no instance runs here ({error})")),
         Answer::Strange(address) => Finding::error(
             ABOUT,
@@ -138,13 +173,35 @@ fn instance(answer: Answer) -> Finding {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::super::Level;
     use super::*;
 
     #[test]
+    fn what_an_instance_says_of_its_clock_and_store_is_passed_on() {
+        let well = json!({ "clock": null, "store": { "fault": null, "shortage": null } });
+        assert_eq!((clock(&well), store(&well)), (None, None));
+        let jumped = json!({ "clock": { "set_by_seconds": -3600, "seconds_ago": 5.2 } });
+        let found = clock(&jumped).unwrap();
+        assert_eq!(found.level, Level::Warning);
+        assert!(
+            found
+                .found
+                .starts_with("it was set back by 3600 s, 5 s ago")
+        );
+        for ill in [
+            json!({ "store": { "fault": "damaged" } }),
+            json!({ "store": { "fault": null, "shortage": "full" } }),
+        ] {
+            assert_eq!(store(&ill).unwrap().level, Level::Error, "{ill}");
+        }
+    }
+
+    #[test]
     fn what_answers_is_told_apart() {
         let level = |answer| instance(answer).level;
-        let version = |version: &str| Answer::Version(version.to_owned());
+        let version = |version: &str| Answer::Instance(json!({ "version": version }));
         assert_eq!(level(version(env!("CARGO_PKG_VERSION"))), Level::Ok);
         assert_eq!(level(version("0.0.1")), Level::Warning);
         assert_eq!(level(Answer::Nothing("refused".into())), Level::Ok);

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Read, Write};
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -17,8 +18,8 @@ use super::Failure;
 use super::show::summary;
 use crate::printable;
 use crate::queue::batch::{self, Part};
-use crate::queue::operate::{Filter, Operate, Row};
-use crate::queue::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow};
+use crate::queue::operate::{Filter, Operate, Position, Row};
+use crate::queue::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, Fate, NewRow, StoreError};
 use crate::request::{Headers, Request};
 use crate::settle;
 
@@ -79,10 +80,12 @@ pub(super) fn export(
     // Requests carry secrets.
     let file = create_private(path).map_err(describe)?;
     let mut file = BufWriter::new(file);
-    write_all(store, filter, &mut file)?;
+    // Of a damaged store as far as it got, too.
+    let written = write_all(store, filter, &mut file);
     file.flush()
         .and_then(|()| file.get_ref().sync_all())
-        .map_err(describe)
+        .map_err(describe)?;
+    written
 }
 
 fn create_private(path: &Path) -> io::Result<File> {
@@ -95,39 +98,110 @@ fn create_private(path: &Path) -> io::Result<File> {
 }
 
 fn write_all(store: &dyn Operate, filter: &Filter, output: &mut dyn Write) -> Result<(), Failure> {
-    let (mut after, mut progress) = (None, Progress::new("requests"));
-    loop {
-        let rows = store.list(filter, after, BATCH_ROWS_MAX)?;
-        let Some(last) = rows.last() else {
-            return Ok(());
-        };
-        after = Some(last.position());
-        for row in &rows {
-            let mut line = summary(row);
-            line.remove("body_bytes");
-            let headers = Headers::from_bytes(row.headers.clone().unwrap_or_default());
-            let headers = headers.map(|headers| {
-                let field = |(name, value): (&str, &[u8])| json!([name, of_bytes(value)]);
-                headers.iter().map(field).collect::<Value>()
-            });
-            line.insert("headers".into(), headers.unwrap_or(Value::Null));
-            let body = store.body(row.position())?;
-            if body.is_none() && !may_lack_body(store, row)? {
-                // Delivered meanwhile.
-                continue;
-            }
-            line.insert(
-                "body".into(),
-                body.map_or(Value::Null, |body| of_bytes(&body)),
-            );
-            writeln!(output, "{}", printable::json(&Value::Object(line)))?;
-            progress.add(1);
+    let mut export = Export {
+        output,
+        progress: Progress::new("requests"),
+        last: None,
+    };
+    match export.write_listed(store, filter) {
+        Err(Stopped::Damaged(why)) => {
+            let why = printable::line(why.as_bytes());
+            let _ = writeln!(io::stderr(), "asyncproxy: {why}");
+            export.write_salvaged(store, filter)
+        }
+        Err(Stopped::Failed(failure)) => Err(failure),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// An export under way.
+struct Export<'a> {
+    output: &'a mut dyn Write,
+    progress: Progress,
+    /// The last row that was looked at: all before it were, too.
+    last: Option<Position>,
+}
+
+/// Why a listing ended early.
+enum Stopped {
+    /// The store's file cannot be read here.
+    Damaged(String),
+    Failed(Failure),
+}
+
+impl From<StoreError> for Stopped {
+    fn from(error: StoreError) -> Stopped {
+        match error {
+            StoreError::Damaged(why) => Stopped::Damaged(why),
+            error => Stopped::Failed(error.into()),
         }
     }
 }
 
+impl Export<'_> {
+    fn write_listed(&mut self, store: &dyn Operate, filter: &Filter) -> Result<(), Stopped> {
+        loop {
+            let rows = store.list(filter, self.last, BATCH_ROWS_MAX)?;
+            if rows.is_empty() {
+                return Ok(());
+            }
+            for row in &rows {
+                let body = store.body(row.position())?;
+                // One that may not lack it was delivered meanwhile.
+                if body.is_some() || may_lack_body(store, row)? {
+                    self.write(row, body).map_err(Stopped::Failed)?;
+                }
+                self.last = Some(row.position());
+            }
+        }
+    }
+
+    /// Goes on past what is damaged, with what was not looked at yet.
+    fn write_salvaged(&mut self, store: &dyn Operate, filter: &Filter) -> Result<(), Failure> {
+        let (now, last) = (SystemTime::now(), self.last);
+        let mut result = Ok(());
+        let unread = store.salvage(&mut |row, body| {
+            let is_written = last.is_some_and(|last| row.position() <= last);
+            if is_written || !filter.passes(&row, now) {
+                return ControlFlow::Continue(());
+            }
+            result = self.write(&row, body);
+            match result {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
+            }
+        })?;
+        result?;
+        let written = self.progress.count;
+        let lost = match unread {
+            0 => "a part of the file cannot be read".to_owned(),
+            1 => "1 request cannot be read".to_owned(),
+            unread => format!("{unread} requests cannot be read"),
+        };
+        Err(Failure::Failed(format!(
+            "the file is damaged: {lost}, {written} were written"
+        )))
+    }
+
+    fn write(&mut self, row: &Row, body: Option<Vec<u8>>) -> Result<(), Failure> {
+        let mut line = summary(row);
+        line.remove("body_bytes");
+        let headers = Headers::from_bytes(row.headers.clone().unwrap_or_default());
+        let headers = headers.map(|headers| {
+            let field = |(name, value): (&str, &[u8])| json!([name, of_bytes(value)]);
+            headers.iter().map(field).collect::<Value>()
+        });
+        line.insert("headers".into(), headers.unwrap_or(Value::Null));
+        let body = body.map_or(Value::Null, |body| of_bytes(&body));
+        line.insert("body".into(), body);
+        writeln!(self.output, "{}", printable::json(&Value::Object(line)))?;
+        self.progress.add(1);
+        Ok(())
+    }
+}
+
 /// Whether a row without a body is one that was kept so.
-fn may_lack_body(store: &dyn Operate, row: &Row) -> Result<bool, Failure> {
+fn may_lack_body(store: &dyn Operate, row: &Row) -> Result<bool, StoreError> {
     Ok(row.position().is_dead && store.find(row.id)?.is_some())
 }
 

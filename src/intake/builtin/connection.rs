@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+use rustix::net::{RecvFlags, recv};
 use socket2::Socket;
 
 use super::body::{Fault, Input, Source};
@@ -239,8 +240,9 @@ impl<S: Service> Connection<'_, S> {
         if self.head.capacity() > HEAD_BYTES_KEPT {
             self.head = Vec::new();
         }
-        if self.service.is_draining() {
-            // Idle too late to be found by whoever closes idle connections.
+        if self.input.is_empty() && self.service.is_draining() && !has_received(self.wire.socket) {
+            // Idle too late to be found by whoever closes idle connections. A request that has
+            // begun is waited for.
             let _ = self.wire.socket.shutdown(Shutdown::Read);
         }
         let service = self.service;
@@ -332,6 +334,12 @@ impl Source for Wire<'_> {
     fn send_continue(&mut self) -> io::Result<()> {
         self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     }
+}
+
+/// Whether something has arrived that nobody has read.
+pub(super) fn has_received(socket: &Socket) -> bool {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    matches!(recv(socket, &mut [0; 1], flags), Ok((1.., _)))
 }
 
 fn read(mut socket: &Socket, buffer: &mut [u8]) -> io::Result<usize> {

@@ -7,6 +7,8 @@ use std::time::Instant;
 
 use socket2::Socket;
 
+use super::connection::has_received;
+
 /// One thread's connection.
 #[derive(Debug)]
 pub(super) struct Seat {
@@ -124,6 +126,12 @@ impl Seat {
             _ => State::Busy,
         };
         (state, value / STATES)
+    }
+
+    /// Whether a request has begun that the thread has not noticed yet.
+    pub(super) fn has_received(&self) -> bool {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        socket.as_deref().is_some_and(has_received)
     }
 
     /// Ends what the connection is at, if it is still at it: it receives no more, but what has

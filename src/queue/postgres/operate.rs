@@ -302,7 +302,8 @@ fn read(row: &PostgresRow) -> Result<Row, Fault> {
         },
         // A dead letter's may be beyond what the program knows.
         received_at: row.try_get("received_at").ok().flatten(),
-        at: row.try_get("at")?,
+        // As well as any row's that somebody else has written.
+        at: row.try_get("at").unwrap_or(std::time::UNIX_EPOCH),
         attempt: attempt.and_then(|attempt| u32::try_from(attempt).ok()),
         last_status: row.try_get("last_status")?,
         last_error: row.try_get("last_error")?,

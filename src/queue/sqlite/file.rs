@@ -1,22 +1,27 @@
 //! The file: created for this user alone, locked by who serves it, its schema brought up to date.
 
 use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rusqlite::{Connection, ErrorCode, MAIN_DB, OpenFlags, TransactionBehavior, params};
 
 use super::super::StoreError;
 use super::super::migrate::{self, Policy, Step, Version};
-use super::{SqliteStore, now_ms};
+use super::rows::to_ms;
+use super::statements::{MOVE_BACK, TAKE_OVER};
+use super::writing::{Writing, with_remedy};
+use super::{Shared, SqliteStore};
 
 /// Bytes of page cache: more did not make it faster, the system has one of its own.
 const WRITER_CACHE_KIB: i32 = 256;
-pub(super) const READER_CACHE_KIB: i32 = 64;
+const READER_CACHE_KIB: i32 = 64;
 /// Pages after which the WAL is copied into the database, and bytes it is then cut back to.
-const WAL_PAGES: i32 = 4000;
-const WAL_BYTES_KEPT: i32 = 16 * 1024 * 1024;
+const WAL_BYTES: u64 = 16 * 1000 * 1024;
+const WAL_BYTES_KEPT: u64 = 16 * 1024 * 1024;
+const PAGE_BYTES: u64 = 4096;
 /// How often, and how soon again, the lock beside the file is tried.
 const LOCK_TRIES: u32 = 20;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
@@ -32,48 +37,98 @@ const HAS_MIGRATIONS: &str =
 
 const APPLIED: &str = "SELECT coalesce(max(version), 0) FROM asyncproxy_migrations";
 
-/// Walks through the two indexes, once at the start.
-const TAKE_OVER: [&str; 2] = [
-    "
-    UPDATE proxy_requests INDEXED BY proxy_requests_fresh
-       SET leased = 0, next_attempt_at = min(next_attempt_at, ?1)
-     WHERE attempt <= 1 AND leased = 1",
-    "
-    UPDATE proxy_requests INDEXED BY proxy_requests_retried
-       SET leased = 0, next_attempt_at = min(next_attempt_at, ?1)
-     WHERE attempt > 1 AND leased = 1",
-];
+/// What is left to do about a file that is damaged.
+pub const REMEDY: &str = "stop the program, save what can be read with `asyncproxy queue export --output FILE`, \
+     move the file and what lies beside it away, start again, and `asyncproxy queue import FILE`";
+
+/// Milliseconds. The clock was set back, if the file was written so much later than now; by at least
+/// as much as that, which file systems do not know exactly.
+const BEHIND_MIN: i64 = 2000;
+const WRITTEN_EXACT_TO: i64 = 1000;
+
+/// Others than the owner.
+const OTHERS: u32 = 0o077;
 
 /// Whose a file is.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) enum Ownership {
     /// It has not been opened yet.
-    #[default]
     Unknown,
-    /// For as long as the lock is held, which no crash outlives.
     Ours {
-        _lock: File,
+        lock: Lock,
     },
     Others,
 }
 
-impl SqliteStore {
-    pub(super) fn open_migrated(&self) -> Result<Connection, StoreError> {
-        if self.policy == Policy::Require {
-            self.version()?.require()?;
-        }
-        let mut connection = self.open_writable()?;
-        self.apply_pending(&mut connection)?;
-        self.take_over(&connection)?;
-        Ok(connection)
+/// Held for as long as the file is served, which no crash outlives. What is written in it tells
+/// others how many milliseconds the clock of the one who serves is ahead of the system's.
+#[derive(Debug)]
+pub(super) struct Lock {
+    file: File,
+    ahead_ms: i64,
+}
+
+impl Lock {
+    fn path(of: &Path) -> PathBuf {
+        beside(of, "-lock")
     }
 
+    /// Nothing happens if that is known.
+    pub(super) fn note_ahead(&mut self, ahead_ms: i64) {
+        if ahead_ms == self.ahead_ms {
+            return;
+        }
+        let text = match ahead_ms {
+            0 => String::new(),
+            ms => format!("{ms}\n"),
+        };
+        let noted = self
+            .file
+            .set_len(0)
+            .and_then(|()| self.file.write_all_at(text.as_bytes(), 0));
+        // As good as it gets: on a full disk the next look tries again.
+        if noted.is_ok() {
+            self.ahead_ms = ahead_ms;
+        }
+    }
+
+    fn read_ahead(path: &Path) -> Option<i64> {
+        let text = std::fs::read_to_string(path).ok()?;
+        text.trim().parse().ok()
+    }
+}
+
+/// How far the clock of whoever serves a file is ahead of the system's.
+pub(super) fn ahead_of_system(path: &Path) -> i64 {
+    let path = Lock::path(path);
+    let is_served = File::open(&path).is_ok_and(|file| file.try_lock().is_err());
+    match is_served {
+        true => Lock::read_ahead(&path).unwrap_or(0),
+        false => 0,
+    }
+}
+
+/// When a file was written last, by the clock of the program that wrote it.
+fn last_written(path: &Path) -> Option<i64> {
+    let written = |path: &Path| {
+        path.metadata()
+            .and_then(|metadata| metadata.modified())
+            .ok()
+    };
+    let last = written(path).max(written(&beside(path, "-wal")))?;
+    let ahead_ms = Lock::read_ahead(&Lock::path(path)).unwrap_or(0);
+    Some(to_ms(last).saturating_add(ahead_ms))
+}
+
+impl SqliteStore {
     /// Applies what is pending; a file that is not there is created.
     ///
     /// # Errors
     /// [`StoreError`]; the schema is as it was then.
     pub fn migrate(&self) -> Result<Vec<Step>, StoreError> {
-        self.apply_pending(&mut self.open_writable()?)
+        let shared = &self.shared;
+        shared.create()?;
+        shared.apply_pending(&mut shared.open_writable(WAL_BYTES)?)
     }
 
     /// Reads the version of the schema, and writes nothing: no file, and none beside it.
@@ -81,6 +136,48 @@ impl SqliteStore {
     /// # Errors
     /// [`StoreError`].
     pub fn version(&self) -> Result<Version, StoreError> {
+        self.shared.version()
+    }
+}
+
+impl Shared {
+    /// Bytes of log after which it is copied into the file, where there is room for it.
+    pub(super) fn log_bytes_max(&self) -> u64 {
+        WAL_BYTES
+    }
+
+    /// Opens the file for `writing`, at first or again.
+    pub(super) fn open_migrated(
+        &self,
+        writing: &mut Writing,
+        log_bytes: u64,
+    ) -> Result<Connection, StoreError> {
+        match &writing.watch {
+            // Created by us at first, it is not created again.
+            Some(watch) => {
+                if let Err(why) = watch.is_ours() {
+                    writing.lose(why.clone());
+                    return Err(self.latched().unwrap_or(StoreError::Damaged(why)));
+                }
+            }
+            None => {
+                if self.policy == Policy::Require {
+                    self.version()?.require()?;
+                }
+                self.create()?;
+            }
+        }
+        let written = last_written(&self.path);
+        let mut connection = self.open_writable(log_bytes)?;
+        writing.make_room(&connection);
+        self.apply_pending(&mut connection)?;
+        if matches!(writing.ownership, Ownership::Unknown) && self.serves {
+            writing.ownership = self.take_over(&mut connection, written)?;
+        }
+        Ok(connection)
+    }
+
+    fn version(&self) -> Result<Version, StoreError> {
         let applied = match self.path.try_exists() {
             Ok(false) => 0,
             _ => self.read_version().map_err(|error| self.describe(&error))?,
@@ -97,12 +194,22 @@ impl SqliteStore {
         }
     }
 
-    fn open_writable(&self) -> Result<Connection, StoreError> {
-        create_private(&self.path).map_err(|error| {
+    fn create(&self) -> Result<(), StoreError> {
+        let created = create_private(&self.path);
+        let is_new = created.map_err(|error| {
             StoreError::Unavailable(format!("{}: {error}", self.path.display()))
         })?;
+        let mode = self.path.metadata().map_or(0, |metadata| metadata.mode());
+        if !is_new && self.serves && mode & OTHERS != 0 {
+            let (path, mode) = (self.path.display(), format!("{:04o}", mode & 0o7777));
+            log::warn!(path:%, mode; "others than its owner may use the queue's file, which holds what senders sent: chmod 600 it and what lies beside it");
+        }
+        Ok(())
+    }
+
+    fn open_writable(&self, log_bytes: u64) -> Result<Connection, StoreError> {
         let connection = self
-            .open(WRITER_CACHE_KIB)
+            .open(WRITER_CACHE_KIB, log_bytes)
             .map_err(|error| self.describe(&error))?;
         // SQLite opens what it may not write to all the same, and fails at the first write.
         if connection.is_readonly(MAIN_DB).unwrap_or(false) {
@@ -113,46 +220,74 @@ impl SqliteStore {
     }
 
     /// Gives back, once, what a program that is no more had leased: nobody else serves this file.
-    fn take_over(&self, connection: &Connection) -> Result<(), StoreError> {
-        let mut ownership = self
-            .ownership
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if !matches!(*ownership, Ownership::Unknown) {
-            // Leases of this process.
-            return Ok(());
-        }
-        let mut path = self.path.clone().into_os_string();
-        path.push("-lock");
-        let path = PathBuf::from(path);
-        let file = create_private(&path).and_then(|()| File::options().write(true).open(&path));
-        let file =
-            file.map_err(|error| StoreError::Unavailable(format!("{}: {error}", path.display())))?;
+    /// What it had put off is due as soon as it meant, also if the clock has been set back since
+    /// the file was `written`.
+    fn take_over(
+        &self,
+        connection: &mut Connection,
+        written: Option<i64>,
+    ) -> Result<Ownership, StoreError> {
+        let path = Lock::path(&self.path);
+        let open = || {
+            create_private(&path)?;
+            File::options().read(true).write(true).open(&path)
+        };
+        let file = open()
+            .map_err(|error| StoreError::Unavailable(format!("{}: {error}", path.display())))?;
         let Some(file) = lock(file) else {
             log::warn!(path:% = path.display(); "another process uses this queue: its leases are left alone");
-            *ownership = Ownership::Others;
-            return Ok(());
+            return Ok(Ownership::Others);
         };
-        let now = now_ms();
-        let taken = TAKE_OVER.map(|statement| connection.execute(statement, [now]));
-        let taken: rusqlite::Result<Vec<usize>> = taken.into_iter().collect();
-        let count: usize = taken.map_err(|error| self.describe(&error))?.iter().sum();
-        *ownership = Ownership::Ours { _lock: file };
+        let now = self.now_ms();
+        let behind = written.map_or(0, |written| written.saturating_sub(now));
+        let taken = || -> rusqlite::Result<usize> {
+            let transaction =
+                connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let mut taken = 0;
+            for statement in TAKE_OVER {
+                taken += transaction.execute(statement, [now])?;
+            }
+            if behind >= BEHIND_MIN {
+                for statement in MOVE_BACK {
+                    transaction.execute(statement, [now, behind + WRITTEN_EXACT_TO])?;
+                }
+            }
+            transaction.commit()?;
+            Ok(taken)
+        };
+        let mut taken = taken;
+        let count = taken().map_err(|error| self.describe(&error))?;
+        let mut lock = Lock {
+            file,
+            // Unknown: whatever is written there is not true any more.
+            ahead_ms: i64::MIN,
+        };
+        lock.note_ahead(0);
         if count > 0 {
             log::info!(count; "took over what was leased when the last run ended");
         }
-        Ok(())
+        if behind >= BEHIND_MIN {
+            let seconds = behind / 1000;
+            log::warn!(seconds; "the clock has been set back since the queue was used last: what waits is due so much sooner");
+        }
+        Ok(Ownership::Ours { lock })
     }
 
-    pub(super) fn open(&self, cache_kib: i32) -> rusqlite::Result<Connection> {
+    pub(super) fn open_reader(&self) -> rusqlite::Result<Connection> {
+        self.open(READER_CACHE_KIB, WAL_BYTES)
+    }
+
+    fn open(&self, cache_kib: i32, log_bytes: u64) -> rusqlite::Result<Connection> {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(&self.path, flags)?;
-        connection.busy_timeout(self.timeout)?;
+        // Whoever asked shall be told by SQLite, before the time for the operation is over.
+        connection.busy_timeout(self.timeout * 3 / 4)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "FULL")?;
         connection.pragma_update(None, "cache_size", -cache_kib)?;
-        connection.pragma_update(None, "wal_autocheckpoint", WAL_PAGES)?;
-        connection.pragma_update(None, "journal_size_limit", WAL_BYTES_KEPT)?;
+        connection.pragma_update(None, "wal_autocheckpoint", signed(log_bytes / PAGE_BYTES))?;
+        let bytes_kept = signed(log_bytes.min(WAL_BYTES_KEPT));
+        connection.pragma_update(None, "journal_size_limit", bytes_kept)?;
         if let Some(pages_max) = self.pages_max {
             connection.pragma_update(None, "max_page_count", pages_max)?;
         }
@@ -177,7 +312,7 @@ impl SqliteStore {
                 .and_then(|()| {
                     transaction.execute(
                         "INSERT INTO asyncproxy_migrations (version, applied_at) VALUES (?1, ?2)",
-                        params![migration.version, now_ms()],
+                        params![migration.version, to_ms(SystemTime::now())],
                     )
                 })
                 .map_err(describe)?;
@@ -204,7 +339,9 @@ impl SqliteStore {
                 | ErrorCode::ApiMisuse
                 | ErrorCode::ParameterOutOfRange,
             ) => StoreError::Refused(text),
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => StoreError::Damaged(text),
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
+                StoreError::Damaged(with_remedy(&text))
+            }
             // Of the file: locked, full, lost, read-only, failing.
             Some(_) => StoreError::Unavailable(text),
         }
@@ -222,9 +359,20 @@ fn lock(file: File) -> Option<File> {
     None
 }
 
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// The file of this name with something more at its end.
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(suffix);
+    beside.into()
+}
+
 /// Creates the file if it is not there, for the eyes of this user only: requests carry
-/// secrets. What SQLite puts beside it inherits this.
-fn create_private(path: &Path) -> std::io::Result<()> {
+/// secrets. What SQLite puts beside it inherits this. Tells whether it was not there.
+pub(super) fn create_private(path: &Path) -> io::Result<bool> {
     use std::os::unix::fs::OpenOptionsExt;
     let created = std::fs::OpenOptions::new()
         .write(true)
@@ -232,16 +380,15 @@ fn create_private(path: &Path) -> std::io::Result<()> {
         .mode(0o600)
         .open(path);
     match created {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
-        _ => Ok(()),
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
 /// Opens a file for reading without leaving anything beside it. Where there is no WAL, nobody has
 /// it open: what SQLite would create there to read it is not needed then.
 pub(super) fn open_to_read(path: &Path, timeout: Duration) -> rusqlite::Result<Connection> {
-    let mut wal = path.as_os_str().to_owned();
-    wal.push("-wal");
     let mut uri = String::from("file:");
     for byte in path.as_os_str().as_encoded_bytes() {
         match byte {
@@ -252,7 +399,7 @@ pub(super) fn open_to_read(path: &Path, timeout: Duration) -> rusqlite::Result<C
         }
     }
     uri.push_str("?mode=ro");
-    if !Path::new(&wal).exists() {
+    if !beside(path, "-wal").exists() {
         uri.push_str("&immutable=1");
     }
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY

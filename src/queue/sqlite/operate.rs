@@ -1,5 +1,8 @@
 //! What an operator does: see [`Operate`].
 
+use std::ops::ControlFlow;
+
+use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OptionalExtension, Row as SqliteRow, params};
 use uuid::Uuid;
 
@@ -7,7 +10,11 @@ use super::super::operate::{
     Action, BURIED, Counts, Filter, LastStatus, Operate, Position, Row, State,
 };
 use super::super::{BATCH_ROWS_MAX, StoreError};
-use super::{SqliteStore, from_ms, now_ms, sub_ms};
+use super::SqliteStore;
+use super::file::open_to_read;
+use super::rescue;
+use super::rows::{from_ms, sub_ms};
+use super::writing::Kind;
 
 /// What of a queue's rows passes a filter; `?1` is now.
 macro_rules! passes {
@@ -37,21 +44,35 @@ macro_rules! passes_dead {
 
 macro_rules! columns {
     () => {
-        "
+        columns!("")
+    };
+    ($more:literal) => {
+        concat!(
+            "
     SELECT id, leased = 1 AND next_attempt_at > ?1 AS is_leased, 0 AS is_dead,
            received_at, next_attempt_at AS at, attempt, last_status, last_error,
-           method, target, headers, length(body) AS body_bytes
+           method, target, headers, length(body) AS body_bytes",
+            $more,
+            "
       FROM proxy_requests"
+        )
     };
 }
 
 macro_rules! columns_dead {
     () => {
-        "
+        columns_dead!("")
+    };
+    ($more:literal) => {
+        concat!(
+            "
     SELECT id, 0 AS is_leased, ?1 IS NOT NULL AS is_dead,
            received_at, died_at AS at, attempt, last_status, last_error,
-           method, target, headers, coalesce(length(body), 0) AS body_bytes
+           method, target, headers, coalesce(length(body), 0) AS body_bytes",
+            $more,
+            "
       FROM proxy_dead_letters"
+        )
     };
 }
 
@@ -62,7 +83,7 @@ const LIST: &str = concat!(
      WHERE ",
     passes!(),
     "
-       AND id > ?8
+       AND id > ?8 AND length(id) = 16
      ORDER BY id
      LIMIT ?9"
 );
@@ -73,13 +94,17 @@ const LIST_DEAD: &str = concat!(
      WHERE ",
     passes_dead!(),
     "
-       AND id > ?8
+       AND id > ?8 AND length(id) = 16
      ORDER BY id
      LIMIT ?9"
 );
 
 const FIND: &str = concat!(columns!(), " WHERE id = ?2");
 const FIND_DEAD: &str = concat!(columns_dead!(), " WHERE id = ?2");
+
+/// With the number of the row as `?2`, and its body.
+const SALVAGE: &str = concat!(columns!(", body"), " WHERE seq = ?2");
+const SALVAGE_DEAD: &str = concat!(columns_dead!(", body"), " WHERE seq = ?2");
 
 const BODY: &str = "SELECT body FROM proxy_requests WHERE id = ?1";
 const BODY_DEAD: &str = "SELECT body FROM proxy_dead_letters WHERE id = ?1";
@@ -152,8 +177,7 @@ struct Conditions {
 }
 
 impl Conditions {
-    fn of(filter: &Filter) -> Conditions {
-        let now = now_ms();
+    fn of(filter: &Filter, now: i64) -> Conditions {
         Conditions {
             now,
             is_leased: match filter.state {
@@ -179,15 +203,15 @@ impl SqliteStore {
         &self,
         body: impl FnOnce(&Connection) -> rusqlite::Result<T>,
     ) -> Result<T, StoreError> {
-        self.with_reader(|reader| body(reader).map_err(|error| self.describe(&error)))
+        self.with_reader(|reader| body(reader).map_err(|error| self.shared.describe(&error)))
     }
 }
 
 impl Operate for SqliteStore {
     fn set_paused(&self, is_paused: bool) -> Result<bool, StoreError> {
-        self.write(|transaction| {
+        self.write(Kind::Drains, move |transaction, now| {
             let changed = if is_paused {
-                transaction.execute(PAUSE, [now_ms()])
+                transaction.execute(PAUSE, [now])
             } else {
                 transaction.execute(RESUME, [])
             };
@@ -201,7 +225,7 @@ impl Operate for SqliteStore {
         after: Option<Position>,
         limit: usize,
     ) -> Result<Vec<Row>, StoreError> {
-        let of = Conditions::of(filter);
+        let of = Conditions::of(filter, self.shared.now_ms());
         self.read(|connection| {
             let mut found = Vec::new();
             for (statement, is_dead) in [(LIST, false), (LIST_DEAD, true)] {
@@ -237,10 +261,11 @@ impl Operate for SqliteStore {
     }
 
     fn find(&self, id: Uuid) -> Result<Option<Row>, StoreError> {
+        let now = self.shared.now_ms();
         self.read(|connection| {
             for statement in [FIND, FIND_DEAD] {
                 let mut select = connection.prepare(statement)?;
-                let found = select.query_row(params![now_ms(), id.as_bytes()], read);
+                let found = select.query_row(params![now, id.as_bytes()], read);
                 if let Some(row) = found.optional()? {
                     return Ok(Some(row));
                 }
@@ -259,7 +284,7 @@ impl Operate for SqliteStore {
     }
 
     fn count(&self, filter: &Filter) -> Result<Counts, StoreError> {
-        let of = Conditions::of(filter);
+        let of = Conditions::of(filter, self.shared.now_ms());
         self.read(|connection| {
             let parameters = params![
                 of.now,
@@ -286,12 +311,49 @@ impl Operate for SqliteStore {
         })
     }
 
+    fn salvage(
+        &self,
+        each: &mut dyn FnMut(Row, Option<Vec<u8>>) -> ControlFlow<()>,
+    ) -> Result<u64, StoreError> {
+        let shared = &self.shared;
+        let describe = |error: rusqlite::Error| shared.describe(&error);
+        let connection = open_to_read(&shared.path, shared.timeout).map_err(describe)?;
+        let (now, mut unread) = (shared.now_ms(), 0);
+        for (table, select) in [
+            ("proxy_requests", SALVAGE),
+            ("proxy_dead_letters", SALVAGE_DEAD),
+        ] {
+            // The time is no parameter there: the walk has but one.
+            let select = select.replace("?1", &now.to_string()).replace("?2", "?1");
+            let mut is_over = false;
+            let walked = rescue::walk(&connection, table, &select, &mut |row| {
+                let body = row.get::<_, Option<Vec<u8>>>("body");
+                let (Ok(found), Ok(body)) = (read(row), body) else {
+                    return ControlFlow::Continue(false);
+                };
+                if found.id.is_nil() {
+                    return ControlFlow::Continue(false);
+                }
+                is_over = each(found, body).is_break();
+                match is_over {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(true),
+                }
+            });
+            unread += walked.map_err(describe)?.unread;
+            if is_over {
+                break;
+            }
+        }
+        Ok(unread)
+    }
+
     fn apply(&self, action: Action, rows: &[Position]) -> Result<u64, StoreError> {
         debug_assert!(rows.len() <= BATCH_ROWS_MAX);
-        self.write(|transaction| {
-            let now = now_ms();
+        let rows = rows.to_vec();
+        self.write(Kind::Drains, move |transaction, now| {
             let mut changed = 0;
-            for Position { is_dead, id } in rows {
+            for Position { is_dead, id } in &rows {
                 let id = id.as_bytes();
                 changed += match (action, is_dead) {
                     (Action::Retry, false) => transaction.execute(RETRY, params![id, now])?,
@@ -316,6 +378,7 @@ impl Operate for SqliteStore {
     }
 }
 
+/// Reads a row. What is not as this program writes it is not known, and the others are.
 fn read(row: &SqliteRow<'_>) -> rusqlite::Result<Row> {
     let id: Vec<u8> = row.get("id")?;
     let state = match (row.get("is_dead")?, row.get("is_leased")?) {
@@ -323,19 +386,26 @@ fn read(row: &SqliteRow<'_>) -> rusqlite::Result<Row> {
         (false, true) => State::Leased,
         (false, false) => State::Waiting,
     };
-    let received_at: Option<i64> = row.get("received_at")?;
+    let received_at: Option<i64> = row.get("received_at").ok().flatten();
+    let at: Option<i64> = row.get("at").ok();
     Ok(Row {
-        // The schema allows no other length where rows wait.
+        // The statements find no others.
         id: Uuid::from_slice(&id).unwrap_or_default(),
         state,
         received_at: received_at.and_then(from_ms),
-        at: from_ms(row.get("at")?).unwrap_or(std::time::UNIX_EPOCH),
+        at: at.and_then(from_ms).unwrap_or(std::time::UNIX_EPOCH),
         attempt: row.get("attempt").ok(),
-        last_status: row.get("last_status")?,
-        last_error: row.get("last_error")?,
-        method: row.get("method")?,
-        target: row.get("target")?,
-        headers: row.get("headers")?,
-        body_bytes: row.get::<_, i64>("body_bytes")?.unsigned_abs(),
+        last_status: row.get("last_status").ok().flatten(),
+        last_error: row.get_ref("last_error").ok().and_then(lossy),
+        method: row.get("method").ok().flatten(),
+        target: row.get("target").ok().flatten(),
+        headers: row.get("headers").ok().flatten(),
+        body_bytes: row.get("body_bytes").map_or(0, i64::unsigned_abs),
     })
+}
+
+/// A text for people, also if it is none.
+fn lossy(text: ValueRef<'_>) -> Option<String> {
+    let bytes = text.as_bytes_or_null().ok().flatten()?;
+    Some(String::from_utf8_lossy(bytes).into_owned())
 }

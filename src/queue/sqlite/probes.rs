@@ -5,11 +5,12 @@ use std::collections::HashSet;
 use rusqlite::{Params, Statement, Transaction, params};
 
 use super::super::{Class, PROBE_ROWS_MAX, Probe, Spot};
+use super::rows::read;
 use super::statements::{
     CANDIDATES_FROM, FRESH_AT_END, FRESH_AT_FRONT, RETRIED_AT_END, RETRIED_AT_FRONT, SELECT_ONE,
     SPAN,
 };
-use super::{Due, read};
+use super::transactions::Due;
 
 /// A row that may be one.
 struct Candidate {
@@ -30,11 +31,11 @@ pub(super) fn due(
     let mut select = transaction.prepare(SELECT_ONE)?;
     let (mut due, mut bytes) = (Vec::new(), 0);
     for seq in chosen.into_iter().take(wanted.limit) {
-        if !due.is_empty() && bytes >= wanted.bytes_max {
+        let read = select.query_row([seq], |row| Ok(read(row)))?;
+        bytes += read.as_ref().map_or(0, |row| row.request.bytes());
+        if bytes > wanted.bytes_max && !due.is_empty() {
             break;
         }
-        let read = select.query_row([seq], |row| Ok(read(row)))?;
-        bytes += read.as_ref().map_or(0, |row| row.request.body.len());
         due.push((seq, read));
     }
     Ok(due)

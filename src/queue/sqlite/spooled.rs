@@ -7,7 +7,9 @@ use rusqlite::{Row, params};
 use uuid::Uuid;
 
 use super::super::{Fate, NewRow, StoreError};
-use super::{SqliteStore, now_ms, read};
+use super::SqliteStore;
+use super::rows::read;
+use super::writing::Kind;
 use crate::settle::Failure;
 
 /// Served by the table, in the order of arrival.
@@ -44,7 +46,7 @@ impl SqliteStore {
         limit: usize,
         bytes_max: usize,
     ) -> Result<Vec<(SpoolPosition, NewRow)>, StoreError> {
-        self.write(|transaction| {
+        self.write(Kind::Drains, move |transaction, now| {
             let (mut found, mut bytes) = (Vec::new(), 0);
             for (is_dead, statement) in [(false, OLDEST), (true, OLDEST_DEAD)] {
                 if after.is_dead && !is_dead {
@@ -61,7 +63,7 @@ impl SqliteStore {
                 while let Some(row) = rows.next()?
                     && bytes < bytes_max
                 {
-                    let Ok(new) = read_new(row, is_dead, now_ms()) else {
+                    let Ok(new) = read_new(row, is_dead, now) else {
                         continue;
                     };
                     bytes += new.request.bytes();
@@ -78,10 +80,11 @@ impl SqliteStore {
     /// # Errors
     /// [`StoreError`]; repeating it is safe.
     pub(in crate::queue) fn remove(&self, ids: &[Uuid]) -> Result<(), StoreError> {
-        self.write(|transaction| {
+        let ids = ids.to_vec();
+        self.write(Kind::Drains, move |transaction, _| {
             for statement in [REMOVE, REMOVE_DEAD] {
                 let mut remove = transaction.prepare(statement)?;
-                for id in ids {
+                for id in &ids {
                     remove.execute([id.as_bytes()])?;
                 }
             }
@@ -104,7 +107,8 @@ pub(in crate::queue) struct SpoolPosition {
 fn read_new(row: &Row<'_>, is_dead: bool, now: i64) -> Result<NewRow, String> {
     let describe = |error: rusqlite::Error| error.to_string();
     let claimed = read(row)?;
-    let status = row.get("last_status").map_err(describe)?;
+    // One that is none is not known.
+    let status = row.get("last_status").ok().flatten();
     let error: Option<String> = row.get("last_error").map_err(describe)?;
     let failure = error.map(|error| Failure { status, error });
     let due_at: i64 = row.get("due_at").map_err(describe)?;

@@ -162,10 +162,11 @@ pub(super) const SELECT_OLD: &str = "
 
 pub(super) const PURGE: &str = "DELETE FROM proxy_dead_letters WHERE seq = ?1";
 
-/// Served by the two indexes alone, and the last count by the one on `died_at`.
+/// Served by the two indexes alone, and the last count by the one on `died_at`. The lowest number is
+/// that of the oldest row, whatever the clocks said.
 pub(super) const SAMPLE: &str = "
     SELECT sum(count), sum(leased), min(oldest), (SELECT count(*) FROM proxy_dead_letters),
-           EXISTS (SELECT 1 FROM proxy_pause)
+           EXISTS (SELECT 1 FROM proxy_pause), (SELECT min(seq) FROM proxy_requests)
       FROM (
         SELECT count(*) AS count,
                coalesce(sum(leased = 1 AND next_attempt_at > ?1), 0) AS leased,
@@ -181,3 +182,47 @@ pub(super) const SAMPLE: &str = "
       )";
 
 pub(super) const IS_PAUSED: &str = "SELECT EXISTS (SELECT 1 FROM proxy_pause)";
+
+/// At the start. Walks through the two indexes.
+pub(super) const TAKE_OVER: [&str; 2] = [
+    "
+    UPDATE proxy_requests INDEXED BY proxy_requests_fresh
+       SET leased = 0, next_attempt_at = min(next_attempt_at, ?1)
+     WHERE attempt <= 1 AND leased = 1",
+    "
+    UPDATE proxy_requests INDEXED BY proxy_requests_retried
+       SET leased = 0, next_attempt_at = min(next_attempt_at, ?1)
+     WHERE attempt > 1 AND leased = 1",
+];
+
+/// What waits by a clock that was `?2` ahead of the one that is `?1` now. Served by the indexes, as the
+/// two that follow.
+pub(super) const MOVE_BACK: [&str; 2] = [
+    "
+    UPDATE proxy_requests INDEXED BY proxy_requests_fresh
+       SET next_attempt_at = max(next_attempt_at - ?2, ?1)
+     WHERE attempt <= 1 AND next_attempt_at > ?1",
+    "
+    UPDATE proxy_requests INDEXED BY proxy_requests_retried
+       SET next_attempt_at = max(next_attempt_at - ?2, ?1)
+     WHERE attempt > 1 AND next_attempt_at > ?1",
+];
+
+pub(super) const HAS_FAR: &str = "
+    SELECT EXISTS (SELECT 1
+                     FROM proxy_requests INDEXED BY proxy_requests_fresh
+                    WHERE attempt <= 1 AND next_attempt_at > ?1)
+        OR EXISTS (SELECT 1
+                     FROM proxy_requests INDEXED BY proxy_requests_retried
+                    WHERE attempt > 1 AND next_attempt_at > ?1)";
+
+pub(super) const PULL_IN: [&str; 2] = [
+    "
+    UPDATE proxy_requests INDEXED BY proxy_requests_fresh
+       SET leased = 0, next_attempt_at = ?2
+     WHERE attempt <= 1 AND next_attempt_at > ?1",
+    "
+    UPDATE proxy_requests INDEXED BY proxy_requests_retried
+       SET leased = 0, next_attempt_at = ?2
+     WHERE attempt > 1 AND next_attempt_at > ?1",
+];

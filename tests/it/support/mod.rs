@@ -6,6 +6,7 @@ pub mod crowd;
 pub mod dedicated;
 pub mod destination;
 pub mod disk;
+pub mod hang;
 pub mod http;
 pub mod load;
 pub mod metrics;
