@@ -43,7 +43,8 @@ fn accept_bad(proxy: &Proxy, count: usize) {
 /// At a rate of 30 a second each claim is of one token.
 fn refused_requests_leave_fresh_ones_half_of_the_rate(setup: Setup, destination: &Destination) {
     const REFUSED: usize = 60;
-    const FRESH: usize = 60;
+    /// More than what was never tried may have in advance, for the second attempts before.
+    const FRESH: usize = 180;
     let setup = setup.set("queue.handle_per_second", 30);
     let proxy = setup.start();
     accept_bad(&proxy, REFUSED);
