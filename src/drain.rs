@@ -271,7 +271,7 @@ impl Unstored {
             *is_down = matches!(&result, Err(error) if error.is_outage());
         }
         match (&self.spool, result) {
-            (Some(spool), Err(error)) if error.is_outage() => spool.append(rows),
+            (Some(spool), Err(error)) if !error.is_refusal() => spool.append(rows),
             (_, result) => result,
         }
     }
@@ -321,7 +321,7 @@ impl Unstored {
             {
                 batch = &batch[from..];
                 let is_over = Instant::now() + TRY_PAUSE >= self.end;
-                if is_over || !error.is_outage() {
+                if is_over || error.is_refusal() {
                     log::warn!(error:%; "rows could not be given back, they are due when their leases are over");
                     return;
                 }

@@ -37,8 +37,9 @@ use crate::worker::{Deliveries, Delivery, Places, Shared, Slot, Worker};
 const CONTROL_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// How long the front may be at the connections it has heard of.
 const INTAKE_LIMIT: Duration = Duration::from_secs(30);
-/// What a stop takes beyond `server.shutdown_timeout`, at most: storing what is left.
-const STOP_TIME: Duration = Duration::from_secs(90);
+/// What systemd is told that a stop takes beyond `server.shutdown_timeout`: storing what is left takes
+/// ten seconds, saving a file that was taken away up to a minute.
+const STOP_TIME_TOLD: Duration = Duration::from_secs(90);
 /// For scrapers and health checks, which send all they have to say at once.
 const CONTROL_TIMES: builtin::Times = builtin::Times {
     request: Duration::from_secs(1),
@@ -179,7 +180,7 @@ impl Running {
         let status = stage.status(config);
         start_control(config, stage, intake, &status, listeners.control)?;
         if let Some(notifier) = &self.notifier {
-            let stop_max = config.server.shutdown_timeout + STOP_TIME;
+            let stop_max = config.server.shutdown_timeout + STOP_TIME_TOLD;
             let progress = Arc::clone(&stage.progress);
             notifier
                 .start(status, progress, stop_max, &stage.threads)

@@ -2,8 +2,8 @@
 //!
 //! A refusal may be about one item among hundreds: halves are tried, and their halves, until the
 //! refused one stands alone. Only that one is judged, by whoever brought it; the others go on.
-//! Anything but a refusal is the store's, and says nothing about any item: what has not been carried
-//! out then is for another time. Nothing is tried twice here.
+//! Anything else is the store's, and says nothing about any item: what has not been carried out then
+//! is for another time. A busy one may take a half where the whole took it too long. Nothing is tried twice here.
 
 use std::ops::Range;
 
@@ -26,7 +26,7 @@ pub enum Part<T> {
 pub struct Stopped {
     /// The first item that nothing is known about.
     pub from: usize,
-    /// An outage, or the last refusal of a store that takes nothing.
+    /// An outage, a store that is busy, or the last refusal of a store that takes nothing.
     pub error: StoreError,
 }
 
@@ -59,7 +59,9 @@ pub fn carry_out<I, T>(
                 in_a_row = 0;
                 tell(Part::Taken(part, value));
             }
-            Err(StoreError::Refused(_)) if len > 1 => suspect = Some(part.end),
+            Err(StoreError::Refused(_) | StoreError::Busy(_)) if len > 1 => {
+                suspect = Some(part.end);
+            }
             Err(StoreError::Refused(why)) if in_a_row < REFUSED_IN_A_ROW_MAX => {
                 tell(Part::Refused(from, why));
                 from += 1;
@@ -102,6 +104,29 @@ mod tests {
             },
         );
         (taken, refused, calls, result)
+    }
+
+    #[test]
+    fn a_busy_store_judges_nobody_and_takes_in_halves_what_was_too_much() {
+        let carry_out = |most: usize| {
+            let mut told = Vec::new();
+            let result = carry_out(
+                &[(); 100],
+                |part| match part.len() > most {
+                    true => Err(StoreError::Busy("statement timeout".into())),
+                    false => Ok(()),
+                },
+                |part| told.push(part),
+            );
+            (told, result)
+        };
+        let (told, result) = carry_out(10);
+        assert_eq!(result, Ok(()));
+        assert!(told.iter().all(|part| matches!(part, Part::Taken(..))));
+        let (told, result) = carry_out(0);
+        assert!(told.is_empty());
+        let error = StoreError::Busy("statement timeout".into());
+        assert_eq!(result, Err(Stopped { from: 0, error }));
     }
 
     #[test]

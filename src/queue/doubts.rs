@@ -148,7 +148,7 @@ impl NotAppended {
     /// Of an append that nobody goes on with.
     pub fn over(error: StoreError) -> NotAppended {
         let end = match error {
-            StoreError::Refused(_) => End::Nothing,
+            StoreError::Refused(_) | StoreError::Busy(_) => End::Nothing,
             _ => End::Unknown,
         };
         NotAppended {

@@ -313,6 +313,9 @@ pub enum StoreError {
     /// Reached, and it works, but it did not take what this one operation brought: a part of that,
     /// or another operation, may succeed. Says nothing about the store.
     Refused(String),
+    /// Reached, and it works, but this operation met another's lock, or a limit of time there. It may
+    /// be asked again, in smaller parts perhaps. Says nothing about what it brought, either.
+    Busy(String),
     /// Opened, but its schema is not one this version can work with. Needs the operator.
     Schema(String),
     /// What it holds cannot be relied on any more: the file is damaged, or gone. Needs the
@@ -323,7 +326,12 @@ pub enum StoreError {
 impl StoreError {
     /// Whether it tells that the store does not work, for whoever asks.
     pub fn is_outage(&self) -> bool {
-        !matches!(self, StoreError::Refused(_))
+        !matches!(self, StoreError::Refused(_) | StoreError::Busy(_))
+    }
+
+    /// Whether it is about what the operation brought, and would be the same another time.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, StoreError::Refused(_))
     }
 }
 
@@ -332,6 +340,7 @@ impl fmt::Display for StoreError {
         match self {
             StoreError::Unavailable(why) => write!(f, "store not available: {why}"),
             StoreError::Refused(why) => write!(f, "store refused: {why}"),
+            StoreError::Busy(why) => write!(f, "store busy: {why}"),
             StoreError::Schema(why) => write!(f, "store schema: {why}"),
             StoreError::Damaged(why) => write!(f, "store damaged: {why}"),
         }

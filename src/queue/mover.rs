@@ -151,9 +151,9 @@ impl Mover {
             let _copies = self.budget.copying(3 * bytes);
             if let Err(error) = self.move_batch(&rows, course) {
                 self.spool.count();
-                return Some(match error.is_outage() {
-                    true => LOOK,
-                    false => REFUSING_PAUSE,
+                return Some(match error.is_refusal() {
+                    true => REFUSING_PAUSE,
+                    false => LOOK,
                 });
             }
         }
@@ -255,8 +255,10 @@ impl Mover {
             ending,
             is_away,
         } = not;
-        if error.is_outage() {
+        if !error.is_refusal() {
             course.failed();
+        }
+        if error.is_outage() {
             course.open = Some(doubts.add(ids, ending, Kept::InSpool));
         }
         match error.is_outage() && !is_away {

@@ -131,7 +131,7 @@ impl PostgresStore {
         timeout: Duration,
         operation: impl Fn(&mut Session) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, StoreError> {
-        self.connections.run(timeout, operation, |_, _| Ok(()))
+        self.connections.run(timeout, operation)
     }
 
     fn shared_rate(&self) -> Option<u32> {
@@ -139,8 +139,9 @@ impl PostgresStore {
         rate.map(|rate| rate.load(Ordering::Relaxed))
     }
 
-    /// Runs a claim for this instance, and remembers what it leased. Rows that come too late are
-    /// released.
+    /// Runs a claim for this instance, and remembers what it leased. Rows whose answer comes too late
+    /// are given back before the next claim, by whoever is about to make it: nobody else may, as the
+    /// same attempt of them may be leased again by then.
     fn claiming(
         &self,
         lease: Duration,
@@ -153,20 +154,10 @@ impl PostgresStore {
         let until = end_of(lease);
         let tries = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&tries);
-        let result = self.connections.run(
-            self.timeout,
-            move |session| {
-                counted.fetch_add(1, Ordering::Relaxed);
-                operation(session, instance)
-            },
-            move |session, unwanted| {
-                let mut outcomes = Outcomes::default();
-                for row in &unwanted.rows {
-                    outcomes.add(row.request.id, to_i32(row.attempt), &Decision::Release);
-                }
-                outcomes.settle(session, instance).map(drop)
-            },
-        );
+        let result = self.connections.run(self.timeout, move |session| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            operation(session, instance)
+        });
         if result.is_err() || tries.load(Ordering::Relaxed) > 1 {
             self.leases.lost();
         }
@@ -417,7 +408,7 @@ impl Store for PostgresStore {
     }
 
     fn leave(&self) -> Result<(), StoreError> {
-        let (instance, has_leases) = (self.leases.instance, !self.leases.is_empty());
+        let (instance, has_leases) = (self.leases.instance, self.leases.may_have_some());
         self.run(self.timeout, move |session| {
             let parameters = [(&instance as _, Type::UUID), (&has_leases as _, Type::BOOL)];
             session.execute_typed(LEAVE, &parameters)?;

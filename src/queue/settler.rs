@@ -136,13 +136,12 @@ impl Settler {
                 Ok(()) => return,
                 Err(Stopped { from, error }) => {
                     batch = &batch[from..];
-                    if error.is_outage() {
-                        // What was settled already, by a try whose answer was lost, is stale then.
-                        is_repeat = true;
-                        self.pause();
-                    } else {
+                    if error.is_refusal() {
                         return give_up(batch, &error);
                     }
+                    // What was settled already, by a try whose answer was lost, is stale then.
+                    is_repeat |= error.is_outage();
+                    self.pause();
                 }
             }
         }

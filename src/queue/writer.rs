@@ -363,7 +363,7 @@ impl Writer {
             let outcome: Result<(), _> = Err(error.clone());
             let _ = self.health.note("append", outcome, &self.metrics);
         }
-        let is_refused = !error.is_outage();
+        let is_refused = error.is_refusal();
         let ids = rows.iter().map(|row| row.request.id).collect();
         match &self.spool {
             Some(spool) if !is_refused => {

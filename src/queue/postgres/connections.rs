@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use ::postgres::CancelToken;
 use ::postgres::error::SqlState;
-use crossbeam_channel::{Receiver, RecvTimeoutError, SendError, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use r2d2::{NopErrorHandler, Pool};
 
 use super::super::{BATCH_BYTES_MAX, StoreError};
@@ -102,13 +102,11 @@ impl Connections {
     }
 
     /// Runs `operation` for `timeout` at most, again on another connection if the one it got had died while idle: so
-    /// it must be one that may be repeated. If the caller has gone when it succeeds,
-    /// `undo` gets the result nobody waits for. `bytes` tells how many it sent or got.
+    /// it must be one that may be repeated. It may succeed when the caller has gone.
     pub(super) fn run<T: Send + 'static>(
         &self,
         timeout: Duration,
         operation: impl Fn(&mut Session) -> Result<T, Fault> + Send + 'static,
-        undo: impl Fn(&mut Session, &T) -> Result<(), Fault> + Send + 'static,
     ) -> Result<T, StoreError> {
         let deadline = Instant::now() + timeout;
         // Without buffer: the result is either taken or known not to be.
@@ -117,12 +115,8 @@ impl Connections {
         let job = {
             let caller = Arc::clone(&caller);
             Box::new(move |shared: &Shared| {
-                let result = shared.run(&operation, &caller);
-                if let Err(SendError(Ok(unwanted))) = answer.send(result) {
-                    // Best effort: what is not undone is a lease, and ends by itself.
-                    let nobody = Caller::until(Instant::now() + timeout);
-                    let _ = shared.run(&|session| undo(session, &unwanted), &nobody);
-                }
+                // The caller may have gone.
+                let _ = answer.send(shared.run(&operation, &caller));
             })
         };
         self.hand_over(job, deadline)?;

@@ -128,8 +128,9 @@ const RIGHTS: &str = "the role needs SELECT, INSERT, UPDATE and DELETE on the ta
 /// What an SQLSTATE says about the server, by its class (PostgreSQL's appendix A).
 fn classify(sqlstate: &str, text: String) -> StoreError {
     match sqlstate {
-        // A statement that was cancelled or did not get its lock: of this one alone.
-        "57014" | "55P03" => StoreError::Refused(text),
+        // A statement that was cancelled or took too long, did not get its lock, or met another
+        // transaction: another time it may go through.
+        "57014" | "55P03" | "40001" | "40P01" => StoreError::Busy(text),
         // A relation, column or right that is not there: no operation of ours will do better.
         "42P01" | "42703" => StoreError::Schema(format!("{text}: run asyncproxy migrate")),
         "42501" => StoreError::Schema(format!("{text}: {RIGHTS}")),
@@ -161,4 +162,36 @@ pub(super) fn one_line(error: &::postgres::Error) -> String {
     // Whatever a server says stays one line of the log.
     text.retain(|character| character != '\0');
     text.replace(['\r', '\n'], " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_by_itself_is_neither_a_refusal_nor_an_outage() {
+        for (sqlstate, is_outage, is_refusal) in [
+            // Passing: a limit of time, a lock, another transaction.
+            ("57014", false, false),
+            ("55P03", false, false),
+            ("40001", false, false),
+            ("40P01", false, false),
+            // About what was brought.
+            ("23514", false, true),
+            ("22021", false, true),
+            ("P0001", false, true),
+            // About the server.
+            ("08006", true, false),
+            ("53100", true, false),
+            ("57P01", true, false),
+            ("58030", true, false),
+            ("25006", true, false),
+            ("42P01", true, false),
+            ("42501", true, false),
+        ] {
+            let error = classify(sqlstate, String::new());
+            let seen = (error.is_outage(), error.is_refusal());
+            assert_eq!(seen, (is_outage, is_refusal), "{sqlstate}");
+        }
+    }
 }

@@ -86,8 +86,10 @@ impl Leases {
         }
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.state().held.is_empty()
+    /// Whether anything may be leased to us, known or not.
+    pub(super) fn may_have_some(&self) -> bool {
+        let state = self.state();
+        !state.held.is_empty() || state.looks > 0
     }
 
     /// Whether we must tell that we are there before anything is leased to us.
@@ -176,6 +178,6 @@ mod tests {
         }
         assert!(!leases.must_look(now + 10 * SILENCE));
         leases.let_go([(known, 1)].into_iter());
-        assert!(leases.is_empty());
+        assert!(leases.known().is_empty());
     }
 }

@@ -50,6 +50,13 @@ const APPLIED: &str = "
            (SELECT count(*)
               FROM unnest(ARRAY['proxy_instances']) AS second (name)
              WHERE to_regclass(name) IS NULL)
+           + (SELECT count(*)
+                FROM pg_class AS restored
+               WHERE restored.oid = to_regclass('proxy_requests')
+                 AND NOT EXISTS (SELECT
+                                   FROM pg_attribute
+                                  WHERE attrelid = restored.oid AND attname = 'leased_by'
+                                    AND NOT attisdropped))
       FROM asyncproxy_migrations";
 
 const RECORD: &str = "

@@ -93,9 +93,10 @@ fn candidates(
     let mut rows = select.query(parameters)?;
     while let Some(row) = rows.next()? {
         let id = row.get_ref(1)?.as_blob().unwrap_or_default();
-        let attempts = row.get(2)?;
+        // Whatever somebody has written there: reading the row tells.
+        let attempts = u32::try_from(row.get::<_, i64>(2)?).unwrap_or(u32::MAX);
         let is_excepted = wanted.except.iter().any(|except| except.as_bytes() == id);
-        if !is_excepted && Class::of(attempts + 1) == wanted.class {
+        if !is_excepted && Class::of(attempts.saturating_add(1)) == wanted.class {
             found.push(Candidate {
                 seq: row.get(0)?,
                 attempts,

@@ -62,16 +62,19 @@ impl Watch {
         let resolved = path.canonicalize()?;
         let mut wal_path = resolved.into_os_string();
         wal_path.push("-wal");
+        // Before it is opened: see below.
+        let identity = Identity::of(&path.metadata()?);
         let file = File::open(path)?;
         let mut watch = Watch {
             path: path.to_owned(),
             wal_path: wal_path.into(),
-            identity: Identity::of(&file.metadata()?),
+            identity,
             file,
             last: None,
             wal: None,
         };
-        watch.last = watch.header()?;
+        // Unknown, not an error: closing the file would end SQLite's locks on it.
+        watch.last = watch.header().ok().flatten();
         watch.reopened();
         Ok(watch)
     }
