@@ -304,10 +304,10 @@ impl Store for PostgresStore {
         self.be_heard(within).map_err(NotAppended::not_begun)?;
         let _appending = self.leases.appending();
         let leases = leased.iter().map(|(lease, _)| *lease);
-        self.leases.hold(leases.clone(), end_of(longest));
+        let new = self.leases.hold(leases, end_of(longest));
         let result = self.append_rows(rows, within.saturating_sub(begun.elapsed()), broken);
         if result.is_err() {
-            self.leases.let_go(leases);
+            self.leases.let_go(new.into_iter());
             self.leases.lost();
         }
         result

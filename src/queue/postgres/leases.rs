@@ -74,9 +74,16 @@ impl Leases {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn hold(&self, leases: impl Iterator<Item = (Uuid, u32)>, until: Instant) {
+    /// Returns those that were not held before: whoever finds that it has none of them after all
+    /// lets go of these, and of nobody else's.
+    pub(super) fn hold(
+        &self,
+        leases: impl Iterator<Item = (Uuid, u32)>,
+        until: Instant,
+    ) -> Vec<(Uuid, u32)> {
         let mut state = self.state();
-        state.held.extend(leases.map(|lease| (lease, until)));
+        let leases = leases.filter(|lease| state.held.insert(*lease, until).is_none());
+        leases.collect()
     }
 
     pub(super) fn let_go(&self, leases: impl Iterator<Item = (Uuid, u32)>) {
@@ -157,6 +164,18 @@ mod tests {
         assert!(!leases.heard(at(16)));
         assert!(!leases.heard(at(21)));
         assert!(leases.heard(at(26)));
+    }
+
+    #[test]
+    fn an_append_that_failed_lets_go_of_nothing_that_was_claimed() {
+        let leases = Leases::new(SILENCE);
+        let until = Instant::now() + SILENCE;
+        let [claimed, new] = [Uuid::from_u128(1), Uuid::from_u128(2)].map(|id| (id, 2));
+        assert_eq!(leases.hold([claimed].into_iter(), until), [claimed]);
+        let appended = leases.hold([claimed, new].into_iter(), until);
+        assert_eq!(appended, [new]);
+        leases.let_go(appended.into_iter());
+        assert_eq!(leases.known(), [claimed.0]);
     }
 
     #[test]
