@@ -63,6 +63,8 @@ struct Watched {
     stage: Arc<Stage>,
     /// Whether something waits for the stage that it could begin with.
     is_waited_for: Box<dyn Fn() -> bool + Send>,
+    /// Whether it is held up by something of which others know already.
+    is_excused: Box<dyn Fn() -> bool + Send>,
     /// How long a piece of work may take.
     limit: Duration,
     seen: Seen,
@@ -83,14 +85,32 @@ impl Progress {
         limit: Duration,
         is_waited_for: impl Fn() -> bool + Send + 'static,
     ) {
-        let watched = Watched {
+        self.watched().push(Watched {
             name,
             stage: Arc::clone(stage),
             is_waited_for: Box::new(is_waited_for),
+            is_excused: Box::new(|| false),
             limit,
             seen: Seen::default(),
-        };
-        self.watched().push(watched);
+        });
+    }
+
+    /// Watches one that something else may hold up, for which nobody is to end the program.
+    pub fn watch_unless(
+        &self,
+        is_excused: impl Fn() -> bool + Send + 'static,
+        name: &'static str,
+        stage: &Arc<Stage>,
+        limit: Duration,
+    ) {
+        self.watched().push(Watched {
+            name,
+            stage: Arc::clone(stage),
+            is_waited_for: Box::new(|| false),
+            is_excused: Box::new(is_excused),
+            limit,
+            seen: Seen::default(),
+        });
     }
 
     fn watched(&self) -> std::sync::MutexGuard<'_, Vec<Watched>> {
@@ -102,7 +122,11 @@ impl Progress {
         let mut watched = self.watched();
         let stuck = watched.iter_mut().filter_map(|watched| {
             let (counts, is_waited_for) = (watched.stage.counts(), (watched.is_waited_for)());
-            let since = watched.seen.look(counts, is_waited_for, now);
+            let mut since = watched.seen.look(counts, is_waited_for, now);
+            if (watched.is_excused)() {
+                watched.seen = Seen::default();
+                since = Duration::ZERO;
+            }
             (since > watched.limit).then_some(Stuck {
                 stage: watched.name,
                 since,
@@ -184,6 +208,24 @@ mod tests {
         );
         assert_eq!(seen.look((5, 5), false, after(start, 61)), Duration::ZERO);
         assert_eq!(seen.look((5, 5), true, after(start, 62)), Duration::ZERO);
+    }
+
+    #[test]
+    fn what_holds_a_stage_up_for_a_known_reason_does_not_count() {
+        use std::sync::atomic::AtomicBool;
+        let (progress, start) = (Progress::default(), Instant::now());
+        let (writer, hangs) = (Arc::new(Stage::default()), Arc::new(AtomicBool::new(true)));
+        let its_disk = Arc::clone(&hangs);
+        let is_excused = move || its_disk.load(Ordering::Relaxed);
+        progress.watch_unless(is_excused, "writer", &writer, Duration::from_secs(10));
+        let _held = writer.work();
+        assert_eq!(progress.stuck(start), None);
+        assert_eq!(progress.stuck(after(start, 99)), None);
+        // From now on it has no excuse.
+        hangs.store(false, Ordering::Relaxed);
+        assert_eq!(progress.stuck(after(start, 100)), None);
+        assert_eq!(progress.stuck(after(start, 110)), None);
+        assert_eq!(progress.stuck(after(start, 111)).unwrap().stage, "writer");
     }
 
     #[test]

@@ -37,7 +37,7 @@ fn store(config: &Config, clock: &Arc<Clock>, tunables: &Tunables) -> Arc<dyn St
     match &db.database {
         // One process, whose poller keeps to the rate: that is its whole cluster.
         Database::Sqlite(path) => {
-            let store = file(path, config, clock, tunables);
+            let store = file(path, config, clock, tunables).appending_here();
             Arc::new(store.with_policy(db.migrate))
         }
         Database::Postgres(postgres) => {

@@ -252,9 +252,11 @@ fn start_store_threads(
     );
     writer.budget = Some(Arc::clone(&stage.budget));
     let limit = store_limit(config);
+    let disk = Arc::clone(store);
+    let hangs = move || disk.hangs().is_some();
     stage
         .progress
-        .watch("writer", &writer.stage, limit, || false);
+        .watch_unless(hangs, "writer", &writer.stage, limit);
     spawn(threads, "writer", move || writer.run())?;
     let (settler, settlements) =
         Settler::new(Arc::clone(store), Arc::clone(health), Arc::clone(metrics));

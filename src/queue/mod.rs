@@ -150,6 +150,11 @@ pub trait Store: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Why nobody needs to wait for it, if so: it is at an operation for longer than that may take.
+    fn hangs(&self) -> Option<StoreError> {
+        None
+    }
+
     /// Ends the use of the store; nothing succeeds afterwards.
     ///
     /// # Errors

@@ -68,6 +68,8 @@ struct Shared {
     pages_max: Option<u32>,
     /// `false`: another process does, and keeps the leases.
     serves: bool,
+    /// Whoever appends may be stuck with the disk.
+    appends_here: bool,
     clock: Arc<Clock>,
     /// The same for one who does not serve: what the clock of the one who does is ahead of ours.
     ahead_ms: OnceLock<i64>,
@@ -99,6 +101,7 @@ impl SqliteStore {
             policy: Policy::Apply,
             pages_max: None,
             serves: true,
+            appends_here: false,
             clock: Arc::default(),
             ahead_ms: OnceLock::new(),
             pause_max: Arc::default(),
@@ -156,6 +159,13 @@ impl SqliteStore {
         self.with(|shared| shared.room = Room::new(&shared.path, bytes))
     }
 
+    /// Rows are appended where that is called, which is faster: whoever does so has nothing else to
+    /// do than what needs the file. Without, nobody waits for it longer than the timeout.
+    #[must_use]
+    pub fn appending_here(self) -> SqliteStore {
+        self.with(|shared| shared.appends_here = true)
+    }
+
     /// For one who does not serve the queue: whoever does keeps its leases.
     #[must_use]
     pub fn visiting(self) -> SqliteStore {
@@ -188,6 +198,22 @@ impl SqliteStore {
                 writing.transact(kind, &|transaction| body(transaction, shared.now_ms()))
             },
             undo,
+        )
+    }
+
+    /// As [`SqliteStore::write`], on the thread that calls it, for as long as the disk takes.
+    fn write_here<T>(
+        &self,
+        kind: Kind,
+        body: impl Fn(&Transaction<'_>, i64) -> rusqlite::Result<T>,
+    ) -> Result<T, StoreError> {
+        let shared = &self.shared;
+        if let Some(fault) = shared.latched() {
+            return Err(fault);
+        }
+        self.executor.run_here(
+            || Writing::new(Arc::clone(shared)),
+            |writing| writing.transact(kind, &|transaction| body(transaction, shared.now_ms())),
         )
     }
 
@@ -331,11 +357,17 @@ impl Drop for Reading<'_> {
 
 impl Store for SqliteStore {
     fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
-        let rows = rows.to_vec();
         let bytes: usize = rows.iter().map(|row| row.request.bytes()).sum();
-        self.write(Kind::Grows, move |transaction, now| {
-            append(transaction, now, &rows)
-        })?;
+        if self.shared.appends_here {
+            self.write_here(Kind::Grows, |transaction, now| {
+                append(transaction, now, rows)
+            })?;
+        } else {
+            let rows = rows.to_vec();
+            self.write(Kind::Grows, move |transaction, now| {
+                append(transaction, now, &rows)
+            })?;
+        }
         self.shared.room.spend(bytes as u64);
         Ok(())
     }
@@ -413,6 +445,10 @@ impl Store for SqliteStore {
     }
 
     fn sample(&self) -> Result<Sample, StoreError> {
+        // What reads may work all the same.
+        if let Some(hangs) = self.executor.hangs() {
+            return Err(hangs);
+        }
         let now = self.shared.now_ms();
         let sample = |row: &Row<'_>| {
             // Counts: never negative.
@@ -439,6 +475,10 @@ impl Store for SqliteStore {
 
     fn shortage(&self) -> Option<String> {
         self.shared.room.shortage()
+    }
+
+    fn hangs(&self) -> Option<StoreError> {
+        self.executor.hangs()
     }
 
     fn close(&self) -> Result<(), StoreError> {

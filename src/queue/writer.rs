@@ -101,8 +101,8 @@ impl Appender {
     }
 
     fn commit(&self, row: NewRow) -> Result<Place, StoreError> {
-        if let Some(fault) = self.health.fault()
-            && self.spool.is_none()
+        if self.spool.is_none()
+            && let Some(fault) = self.fault()
         {
             return Err(fault);
         }
@@ -123,8 +123,13 @@ impl Appender {
         result.unwrap_or_else(|| {
             // Not started on: it never will be. Else its end is not known.
             take(&row);
-            Err(self.health.fault().unwrap_or_else(late))
+            Err(self.fault().unwrap_or_else(late))
         })
+    }
+
+    /// Why there is no commit to be waited for, if so.
+    fn fault(&self) -> Option<StoreError> {
+        self.health.fault().or_else(|| self.store.hangs())
     }
 
     /// Waits for an answer, but not for a store that others have found to be down: an append that
@@ -137,7 +142,7 @@ impl Appender {
                 Err(RecvTimeoutError::Disconnected) => return None,
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            let is_given_up = self.spool.is_none() && self.health.fault().is_some();
+            let is_given_up = self.spool.is_none() && self.fault().is_some();
             if is_given_up || Instant::now() >= deadline {
                 // It may have come in this instant.
                 return answer.try_recv().ok();

@@ -1,11 +1,16 @@
-//! The thread that writes to the file, one operation after the other.
+//! Writing to the file, one operation after the other.
 //!
-//! A disk may hang: then a sync never returns. Whoever asks for an operation stops waiting after
-//! `db.timeout`, and as long as that operation is still out, nobody waits any more: the others are
-//! told at once. When it returns after all, the next operation is tried as ever.
+//! A disk may hang: then a sync never returns. So operations run on a thread of their own, and
+//! whoever asked for one stops waiting after `db.timeout`. As long as one is out for longer than
+//! that, nobody begins to wait: all are told at once. When it returns after all, the next is tried
+//! as ever.
+//!
+//! To hand an operation over, and its result back, are two switches of threads, and on a busy
+//! machine these take as long as the commit. Whoever may be stuck as long as the disk is runs it
+//! where it is.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendError, Sender, bounded};
@@ -25,9 +30,9 @@ pub(super) struct Executor {
     /// The file, for errors.
     about: String,
     timeout: Duration,
+    turns: OnceLock<Arc<Turns>>,
     /// Of the thread, once it has been started.
     jobs: Mutex<State>,
-    turn: Arc<Mutex<Turn>>,
     threads: Threads,
 }
 
@@ -38,37 +43,27 @@ enum State {
     Closed,
 }
 
-/// What the thread is at.
-#[derive(Debug, Default)]
-struct Turn {
-    is_busy: bool,
-    /// Somebody has waited for it in vain.
-    hangs: bool,
-}
-
 impl Executor {
     /// Starts no thread yet.
     pub(super) fn new(about: String, timeout: Duration) -> Executor {
         Executor {
             about,
             timeout,
+            turns: OnceLock::new(),
             jobs: Mutex::new(State::Idle),
-            turn: Arc::default(),
             threads: Threads::default(),
         }
     }
 
-    /// Runs `operation` on the thread, which `writing` is made for if it is not there. If the caller
-    /// has gone when it succeeds, `undo` gets the result nobody waits for.
+    /// Runs `operation` on the thread. If the caller has gone when it succeeds, `undo` gets the
+    /// result nobody waits for. What is written with is made if it is not there.
     pub(super) fn run<T: Send + 'static>(
         &self,
         writing: impl FnOnce() -> Writing,
         operation: impl FnOnce(&mut Writing) -> Result<T, StoreError> + Send + 'static,
         undo: impl FnOnce(&mut Writing, T) + Send + 'static,
     ) -> Result<T, StoreError> {
-        if turn(&self.turn).hangs {
-            return Err(self.unanswered());
-        }
+        let turns = self.turns(writing)?;
         let deadline = Instant::now() + self.timeout;
         // Without buffer: the result is either taken or known not to be.
         let (answer, answered) = bounded(0);
@@ -83,13 +78,13 @@ impl Executor {
                 undo(writing, unwanted);
             }
         });
-        if self.jobs(writing)?.send_deadline(job, deadline).is_err() {
-            return Err(self.gave_up());
+        if self.jobs(turns)?.send_deadline(job, deadline).is_err() {
+            return Err(self.gave_up(turns));
         }
         answered.recv_deadline(deadline).unwrap_or_else(|error| {
             caller_has_gone.store(true, Ordering::Release);
             match error {
-                RecvTimeoutError::Timeout => Err(self.gave_up()),
+                RecvTimeoutError::Timeout => Err(self.gave_up(turns)),
                 RecvTimeoutError::Disconnected => {
                     Err(StoreError::Refused("the operation panicked".into()))
                 }
@@ -97,10 +92,32 @@ impl Executor {
         })
     }
 
+    /// Runs `operation` where it is called. Waits for its turn no longer than `db.timeout`, but as
+    /// long as the disk takes; others see that it [`hangs`](Executor::hangs).
+    pub(super) fn run_here<T>(
+        &self,
+        writing: impl FnOnce() -> Writing,
+        operation: impl FnOnce(&mut Writing) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let turns = self.turns(writing)?;
+        // It looks after the file in between.
+        self.jobs(turns)?;
+        match turns.take_until(Instant::now() + self.timeout) {
+            Some(mut turn) => operation(&mut turn.writing),
+            None => Err(self.gave_up(turns)),
+        }
+    }
+
+    /// Why there is no answer to be waited for, if so.
+    pub(super) fn hangs(&self) -> Option<StoreError> {
+        let hangs = self.turns.get()?.hang(self.timeout);
+        hangs.then(|| self.unanswered())
+    }
+
     /// Ends the thread, which is waited for until the deadline; nothing is run any more.
     pub(super) fn close(&self, deadline: Instant) {
         *self.state() = State::Closed;
-        if !turn(&self.turn).hangs {
+        if self.hangs().is_none() {
             self.threads.wait_for("sqlite", deadline);
         }
     }
@@ -113,7 +130,12 @@ impl Executor {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn jobs(&self, writing: impl FnOnce() -> Writing) -> Result<Sender<Job>, StoreError> {
+    fn turns(&self, writing: impl FnOnce() -> Writing) -> Result<&Arc<Turns>, StoreError> {
+        let turns = self.turns.get_or_init(|| Arc::new(Turns::of(writing())));
+        self.hangs().map_or(Ok(turns), Err)
+    }
+
+    fn jobs(&self, turns: &Arc<Turns>) -> Result<Sender<Job>, StoreError> {
         let mut state = self.state();
         match &*state {
             State::Closed => {
@@ -124,17 +146,16 @@ impl Executor {
             State::Started(_) | State::Idle => {}
         }
         let (sender, jobs) = bounded(JOBS_MAX);
-        let (turn, writing) = (Arc::clone(&self.turn), writing());
+        let turns = Arc::clone(turns);
         self.threads
-            .spawn("sqlite", move || serve(&jobs, &turn, writing))
+            .spawn("sqlite", move || serve(&jobs, &turns))
             .map_err(|error| StoreError::Unavailable(format!("no thread for it: {error}")))?;
         *state = State::Started(sender.clone());
         Ok(sender)
     }
 
-    fn gave_up(&self) -> StoreError {
-        let mut turn = turn(&self.turn);
-        turn.hangs = turn.is_busy;
+    fn gave_up(&self, turns: &Turns) -> StoreError {
+        turns.give_up();
         self.unanswered()
     }
 
@@ -145,38 +166,103 @@ impl Executor {
     }
 }
 
-fn turn(turn: &Mutex<Turn>) -> MutexGuard<'_, Turn> {
-    turn.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// The thread: runs what it is asked to, and looks after the file in between.
-fn serve(jobs: &Receiver<Job>, turn: &Mutex<Turn>, mut writing: Writing) {
+fn serve(jobs: &Receiver<Job>, turns: &Turns) {
+    let mut look_at = Instant::now();
     loop {
-        let job = jobs.recv_deadline(writing.look_at());
-        let _busy = Busy::begin(turn);
-        match job {
-            Ok(job) => job(&mut writing),
-            Err(RecvTimeoutError::Timeout) => {}
+        let job = match jobs.recv_deadline(look_at) {
+            Ok(job) => Some(job),
+            Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => return,
+        };
+        let Some(mut turn) = turns.take() else {
+            return;
+        };
+        if let Some(job) = job {
+            job(&mut turn.writing);
         }
-        if writing.look_at() <= Instant::now() {
-            writing.look();
+        if turn.writing.look_at() <= Instant::now() {
+            turn.writing.look();
         }
+        look_at = turn.writing.look_at();
     }
 }
 
-/// The thread is at something, until dropped.
-struct Busy<'a>(&'a Mutex<Turn>);
+/// Who writes: one at a time.
+#[derive(Debug)]
+struct Turns {
+    writing: Mutex<Writing>,
+    /// Whoever has what is in here may lock that: a lock cannot be waited for with a limit.
+    free: (Sender<()>, Receiver<()>),
+    at: Mutex<At>,
+}
 
-impl Busy<'_> {
-    fn begin(of: &Mutex<Turn>) -> Busy<'_> {
-        turn(of).is_busy = true;
-        Busy(of)
+/// What whoever writes is at.
+#[derive(Debug, Default)]
+struct At {
+    since: Option<Instant>,
+    /// Somebody has waited for it in vain.
+    hangs: bool,
+}
+
+impl Turns {
+    fn of(writing: Writing) -> Turns {
+        let turns = Turns {
+            writing: Mutex::new(writing),
+            free: bounded(1),
+            at: Mutex::default(),
+        };
+        turns.end();
+        turns
+    }
+
+    fn at(&self) -> MutexGuard<'_, At> {
+        self.at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self) -> Option<Turn<'_>> {
+        self.free.1.recv().ok().map(|()| self.begin())
+    }
+
+    fn take_until(&self, deadline: Instant) -> Option<Turn<'_>> {
+        let taken = self.free.1.recv_deadline(deadline);
+        taken.ok().map(|()| self.begin())
+    }
+
+    fn begin(&self) -> Turn<'_> {
+        self.at().since = Some(Instant::now());
+        let writing = self.writing.lock();
+        Turn {
+            turns: self,
+            writing: writing.unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+
+    fn end(&self) {
+        *self.at() = At::default();
+        // There is one, and it was taken.
+        let _ = self.free.0.try_send(());
+    }
+
+    fn give_up(&self) {
+        let mut at = self.at();
+        at.hangs = at.since.is_some();
+    }
+
+    fn hang(&self, timeout: Duration) -> bool {
+        let at = self.at();
+        at.hangs || at.since.is_some_and(|since| since.elapsed() >= timeout)
     }
 }
 
-impl Drop for Busy<'_> {
+/// Ends when dropped, by a panic, too.
+struct Turn<'a> {
+    turns: &'a Turns,
+    writing: MutexGuard<'a, Writing>,
+}
+
+impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        *turn(self.0) = Turn::default();
+        self.turns.end();
     }
 }
