@@ -327,17 +327,22 @@ impl Writer {
             return Ok(());
         };
         let end = slow.ending.look();
-        let is_waited_for = end.is_none() && slow.since.elapsed() < self.timeout;
-        if is_waited_for {
-            return Err(slow.error.clone());
-        }
+        let patience = match end {
+            None => self.timeout,
+            // All its connections were in use, which need not be for long.
+            Some(End::NotBegun) => spool::APPEND_TIMEOUT,
+            // A connection that broke may be the only one.
+            Some(End::Committed | End::Nothing | End::Unknown) => Duration::ZERO,
+        };
         let error = slow.error.clone();
+        if slow.since.elapsed() < patience {
+            return Err(error);
+        }
         self.slow = None;
         match end {
-            // Nothing in all its time, or no connection to this moment.
-            None | Some(End::NotBegun) => self.health.note("append", Err(error), &self.metrics),
-            // A connection that broke may be the only one.
-            Some(End::Committed | End::Nothing | End::Unknown) => Ok(()),
+            // Nothing in all its time.
+            None => self.health.note("append", Err(error), &self.metrics),
+            Some(_) => Ok(()),
         }
     }
 
@@ -442,6 +447,40 @@ mod tests {
         let first = writer.appends.recv().unwrap();
         let (rows, waiting, left) = writer.gather(first);
         assert!(rows.is_empty() && waiting.is_empty() && left.is_none());
+    }
+
+    #[test]
+    fn a_store_whose_connections_are_in_use_is_not_down() {
+        let (mut writer, _appender) = writer(Duration::from_secs(60));
+        let error = StoreError::Unavailable("no free connection".into());
+        let mut slow = |end, since| {
+            writer.slow = Some(Slow {
+                ending: Ending::over(end),
+                error: error.clone(),
+                since,
+            });
+            (writer.may_ask(), writer.health.fault())
+        };
+        let now = Instant::now();
+        // For a moment what comes goes to the spool, then it is asked again.
+        assert_eq!(slow(End::NotBegun, now), (Err(error.clone()), None));
+        let before = now.checked_sub(spool::APPEND_TIMEOUT).unwrap();
+        assert_eq!(slow(End::NotBegun, before), (Ok(()), None));
+        assert_eq!(slow(End::Nothing, now), (Ok(()), None));
+    }
+
+    #[test]
+    fn an_append_that_never_ends_shows_that_the_store_is_down() {
+        let (mut writer, _appender) = writer(Duration::ZERO);
+        let error = StoreError::Unavailable("no answer".into());
+        let (_teller, ending) = super::super::doubts::ending();
+        writer.slow = Some(Slow {
+            ending,
+            error: error.clone(),
+            since: Instant::now(),
+        });
+        assert_eq!(writer.may_ask(), Err(error.clone()));
+        assert_eq!(writer.health.fault(), Some(error));
     }
 
     #[test]
