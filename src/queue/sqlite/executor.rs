@@ -9,6 +9,7 @@
 //! machine these take as long as the commit. Whoever may be stuck as long as the disk is runs it
 //! where it is.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -141,9 +142,8 @@ impl Executor {
             State::Closed => {
                 return Err(StoreError::Unavailable(format!("{}: closed", self.about)));
             }
-            // One that panicked has ended.
-            State::Started(jobs) if !self.threads.all_ended("sqlite") => return Ok(jobs.clone()),
-            State::Started(_) | State::Idle => {}
+            State::Started(jobs) => return Ok(jobs.clone()),
+            State::Idle => {}
         }
         let (sender, jobs) = bounded(JOBS_MAX);
         let turns = Arc::clone(turns);
@@ -179,7 +179,8 @@ fn serve(jobs: &Receiver<Job>, turns: &Turns) {
             return;
         };
         if let Some(job) = job {
-            job(&mut turn.writing);
+            // Whoever asked for it is told. The connection is gone with it, and opened anew.
+            let _ = catch_unwind(AssertUnwindSafe(|| job(&mut turn.writing)));
         }
         if turn.writing.look_at() <= Instant::now() {
             turn.writing.look();
@@ -264,5 +265,68 @@ struct Turn<'a> {
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
         self.turns.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::SqliteStore;
+    use super::*;
+
+    fn store(timeout: Duration) -> (tempfile::TempDir, SqliteStore) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("queue.sqlite");
+        (directory, SqliteStore::new(path, true, timeout))
+    }
+
+    fn here<T>(
+        store: &SqliteStore,
+        operation: impl FnOnce() -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let writing = || Writing::new(Arc::clone(&store.shared));
+        store.executor.run_here(writing, |_| operation())
+    }
+
+    fn there<T: Send + 'static>(
+        store: &SqliteStore,
+        operation: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let writing = || Writing::new(Arc::clone(&store.shared));
+        store.executor.run(writing, |_| operation(), |_, _: T| {})
+    }
+
+    #[test]
+    fn an_operation_that_hangs_where_it_is_run_is_seen_by_all_until_it_returns() {
+        let (_directory, store) = store(Duration::from_millis(50));
+        let (release, is_released) = bounded::<()>(0);
+        std::thread::scope(|scope| {
+            let stuck = scope.spawn(|| here(&store, || Ok(is_released.recv().is_err())));
+            while store.executor.hangs().is_none() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let refused = Err(store.executor.unanswered());
+            assert_eq!(here(&store, || Ok(())), refused);
+            assert_eq!(there(&store, || Ok(())), refused);
+            assert_eq!(store.executor.hangs(), Some(store.executor.unanswered()));
+            drop(release);
+            assert_eq!(stuck.join().unwrap(), Ok(true));
+        });
+        assert_eq!(store.executor.hangs(), None);
+    }
+
+    #[test]
+    fn an_operation_that_panics_ends_its_own_turn_only() {
+        let (_directory, store) = store(Duration::from_secs(60));
+        let panics = || -> Result<(), StoreError> { panic!("expected by this test") };
+        let caught = catch_unwind(AssertUnwindSafe(|| here(&store, panics)));
+        assert!(caught.is_err());
+        assert_eq!(here(&store, || Ok(1)), Ok(1));
+        let panicked = there(&store, panics);
+        assert!(
+            matches!(panicked, Err(StoreError::Refused(_))),
+            "{panicked:?}"
+        );
+        assert_eq!(there(&store, || Ok(2)), Ok(2));
+        assert_eq!(here(&store, || Ok(3)), Ok(3));
     }
 }
