@@ -13,3 +13,6 @@ CREATE TABLE IF NOT EXISTS proxy_instances (
 -- The instance that leased the row. NULL: not leased, or by a version of the program that did not
 -- tell, whose leases just end. No reference: that would be looked up with each claim.
 ALTER TABLE proxy_requests ADD COLUMN IF NOT EXISTS leased_by uuid;
+
+-- Finds what an instance has leased among any number of rows that wait.
+CREATE INDEX IF NOT EXISTS proxy_requests_leased ON proxy_requests (leased_by) WHERE leased;
