@@ -203,6 +203,7 @@ impl Show {
                 self.sending = None;
                 return Ok(false);
             }
+            let is_sending = self.sending.is_some();
             let counts = self.ledger.counts();
             print(tick_line(second, &counts));
             if second == down {
@@ -220,7 +221,8 @@ impl Show {
                 print("-- nothing more is sent --");
                 self.stop_sending(tick);
             }
-            if second >= self.demo.seconds && self.ledger.counts().waiting == 0 {
+            // As shown: the last line is the one that tells that all has arrived.
+            if !is_sending && counts.waiting == 0 {
                 break;
             }
         }
