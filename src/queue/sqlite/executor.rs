@@ -178,13 +178,15 @@ fn serve(jobs: &Receiver<Job>, turns: &Turns) {
         let Some(mut turn) = turns.take() else {
             return;
         };
-        if let Some(job) = job {
-            // Whoever asked for it is told. The connection is gone with it, and opened anew.
-            let _ = catch_unwind(AssertUnwindSafe(|| job(&mut turn.writing)));
-        }
-        if turn.writing.look_at() <= Instant::now() {
-            turn.writing.look();
-        }
+        // Whoever asked for it is told. The connection is gone with it, and opened anew.
+        let _ = catch_unwind(AssertUnwindSafe(|| {
+            if let Some(job) = job {
+                job(&mut turn.writing);
+            }
+            if turn.writing.look_at() <= Instant::now() {
+                turn.writing.look();
+            }
+        }));
         look_at = turn.writing.look_at();
     }
 }
