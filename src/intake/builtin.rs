@@ -195,7 +195,8 @@ impl<S: Service> Acceptor<S> {
         Ok(acceptor)
     }
 
-    /// Accepts no more connections, closes idle ones at once and others after their answer.
+    /// Accepts no more connections, closes idle ones at once and others after their answer; one that
+    /// has not sent anything yet has a second for its first request.
     /// The service is to be draining before this is called.
     pub fn close(&self) {
         self.is_closed.store(true, Ordering::SeqCst);
@@ -316,7 +317,7 @@ impl<S: Service> Acceptor<S> {
         }));
         seat.leave();
         match served {
-            Ok(Some(idle)) => self.parked.park(idle),
+            Ok(Some(idle)) => self.parked.park(idle, Instant::now()),
             Ok(None) => {}
             Err(_panic) => {
                 if let Some(suppressed) = CONNECTION_PANICKED.allow() {

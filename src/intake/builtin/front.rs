@@ -38,6 +38,9 @@ const GRACE: Duration = Duration::from_millis(10);
 const GRACE_HERE: Duration = Duration::from_millis(1);
 /// Pause after an error of `accept`: none of them is cured by asking again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// At the end, one who has only just connected is left so long to send a first request. Who has been
+/// answered before knows that an idle connection may end at any time, and sends again.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 static ACCEPT_FAILED: LogLimit = LogLimit::new();
 static NOT_WATCHED: LogLimit = LogLimit::new();
@@ -65,6 +68,11 @@ pub(super) struct Idle {
 }
 
 impl Idle {
+    /// Whether nothing has come in yet since it was taken in.
+    fn is_silent(&self) -> bool {
+        self.begun.is_none() && self.since == self.link.opened_at
+    }
+
     /// When the request that is waited for is to be here.
     fn deadline(&self, request: Duration) -> Option<Instant> {
         self.begun.as_ref().map(|begun| begun.at + request)
@@ -90,8 +98,8 @@ impl Parked {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Leaves a connection to the front. Closes it when the front has closed.
-    pub(super) fn park(&self, link: Link) {
+    /// Leaves a connection to the front, idle since then. Closes it when the front has closed.
+    pub(super) fn park(&self, link: Link, since: Instant) {
         let mut waiting = self.waiting();
         if waiting.is_closed {
             return;
@@ -102,7 +110,6 @@ impl Parked {
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
         match epoll::add(&self.epoll, &link.socket, data, flags) {
             Ok(()) => {
-                let since = Instant::now();
                 let idle = Idle {
                     link,
                     since,
@@ -169,38 +176,49 @@ impl<S: Service> Front<S> {
         let mut events = Vec::with_capacity(EVENTS_MAX);
         let stage = Arc::clone(self.acceptor.stage());
         loop {
-            events.clear();
-            let timeout = self
-                .timeout(Instant::now())
-                .and_then(|timeout| Timespec::try_from(timeout).ok());
-            let parked = &self.acceptor.parked;
-            let waited = epoll::wait(&parked.epoll, spare_capacity(&mut events), timeout.as_ref());
+            let timeout = self.timeout(Instant::now());
+            let waited = self.wait(&mut events, timeout);
             if self.acceptor.is_closed() {
-                return self.close();
+                return self.close(&mut events);
             }
-            match waited {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => {
-                    log::error!(error:%; "connections cannot be waited for");
-                    return;
-                }
+            if let Err(error) = waited {
+                log::error!(error:%; "connections cannot be waited for");
+                return;
             }
             let _work = stage.work();
             for event in &events {
                 match { event.data }.u64() {
                     LISTENER => self.accept(),
                     WAKE => {}
-                    descriptor => {
-                        let cause = match { event.flags }.contains(epoll::EventFlags::RDHUP) {
-                            true => Cause::HungUp,
-                            false => Cause::Arrived,
-                        };
-                        self.visit(RawFd::try_from(descriptor).unwrap_or(-1), cause);
-                    }
+                    _ => self.visit_told(event),
                 }
             }
             self.be_on_time(Instant::now());
         }
+    }
+
+    /// Waits for events, and leaves them in `events`.
+    fn wait(
+        &self,
+        events: &mut Vec<epoll::Event>,
+        timeout: Option<Duration>,
+    ) -> Result<(), Errno> {
+        events.clear();
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        let epoll = &self.acceptor.parked.epoll;
+        match epoll::wait(epoll, spare_capacity(events), timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn visit_told(&mut self, event: &epoll::Event) {
+        let cause = match { event.flags }.contains(epoll::EventFlags::RDHUP) {
+            true => Cause::HungUp,
+            false => Cause::Arrived,
+        };
+        let descriptor = RawFd::try_from({ event.data }.u64()).unwrap_or(-1);
+        self.visit(descriptor, cause);
     }
 
     /// How long to wait for events: without open connections, as long as it takes.
@@ -250,8 +268,26 @@ impl<S: Service> Front<S> {
         }
     }
 
-    fn close(&mut self) {
-        self.acceptor.parked.waiting().is_closed = true;
+    /// Ends what is idle; those who have only just connected after their first request.
+    fn close(&mut self, events: &mut Vec<epoll::Event>) {
+        let parked = &self.acceptor.parked;
+        parked.waiting().is_closed = true;
+        // Nobody looks at these any more, and they would be told of again and again.
+        let _ = epoll::delete(&parked.epoll, &self.acceptor.listener);
+        let _ = epoll::delete(&parked.epoll, &parked.wake);
+        let deadline = Instant::now() + FIRST_REQUEST;
+        loop {
+            // Told once: what came with the news of the end is not told again.
+            for event in events.iter() {
+                self.visit_told(event);
+            }
+            self.end_those(Cause::Leaving, |idle| !idle.is_silent());
+            let left = deadline.saturating_duration_since(Instant::now());
+            let is_over = self.acceptor.parked.waiting().by_descriptor.is_empty();
+            if is_over || left.is_zero() || self.wait(events, Some(left)).is_err() {
+                break;
+            }
+        }
         self.end_those(Cause::Leaving, |_| true);
     }
 
@@ -274,8 +310,8 @@ impl<S: Service> Front<S> {
                         opened_at: Instant::now(),
                         _open: Open::new(&self.acceptor.open),
                     };
-                    let descriptor = link.socket.as_raw_fd();
-                    self.acceptor.parked.park(link);
+                    let (descriptor, since) = (link.socket.as_raw_fd(), link.opened_at);
+                    self.acceptor.parked.park(link, since);
                     if self.acceptor.waits_in_front() {
                         self.visit(descriptor, Cause::Arrived);
                     }

@@ -296,3 +296,21 @@ fn the_front_keeps_no_more_of_a_request_than_it_has_room_for() {
     }
     assert_eq!(bench.ask("/quick"), 200);
 }
+
+#[test]
+fn who_has_only_just_connected_may_send_one_request_at_the_end() {
+    let bench = Bench::start(NEVER);
+    let request = "GET /quick HTTP/1.1\r\nHost: h\r\n\r\n";
+    let mut answered = bench.send(request);
+    assert_eq!(status(&mut answered), 200);
+    let [mut new, mut silent] = [(); 2].map(|()| bench.send(""));
+    wait_until(|| bench.acceptor.connections() == 3);
+    bench.acceptor.leave();
+    // One that was answered before is ended at once.
+    assert!(rest(&mut answered).ends_with("\r\n\r\n"));
+    wait_until(|| bench.acceptor.connections() == 2);
+    new.write_all(request.as_bytes()).unwrap();
+    assert_eq!(status(&mut new), 200);
+    assert_eq!(rest(&mut silent), "");
+    wait_until(|| bench.acceptor.connections() == 0);
+}
