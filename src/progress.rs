@@ -54,6 +54,18 @@ impl fmt::Display for Stuck {
     }
 }
 
+/// What goes on around a stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Around {
+    /// Nothing that matters: it is at work or it is not.
+    Nothing,
+    /// Something waits for it that it could begin with.
+    Waited,
+    /// Something holds it up of which others know already, and for which nobody is to end the
+    /// program.
+    Excused,
+}
+
 /// All stages that are watched.
 #[derive(Debug, Default)]
 pub struct Progress(Mutex<Vec<Watched>>);
@@ -61,10 +73,7 @@ pub struct Progress(Mutex<Vec<Watched>>);
 struct Watched {
     name: &'static str,
     stage: Arc<Stage>,
-    /// Whether something waits for the stage that it could begin with.
-    is_waited_for: Box<dyn Fn() -> bool + Send>,
-    /// Whether it is held up by something of which others know already.
-    is_excused: Box<dyn Fn() -> bool + Send>,
+    around: Box<dyn Fn() -> Around + Send>,
     /// How long a piece of work may take.
     limit: Duration,
     seen: Seen,
@@ -77,37 +86,18 @@ impl fmt::Debug for Watched {
 }
 
 impl Progress {
-    /// Watches one more.
+    /// Watches one more. `around` tells what its own counts do not.
     pub fn watch(
         &self,
         name: &'static str,
         stage: &Arc<Stage>,
         limit: Duration,
-        is_waited_for: impl Fn() -> bool + Send + 'static,
+        around: impl Fn() -> Around + Send + 'static,
     ) {
         self.watched().push(Watched {
             name,
             stage: Arc::clone(stage),
-            is_waited_for: Box::new(is_waited_for),
-            is_excused: Box::new(|| false),
-            limit,
-            seen: Seen::default(),
-        });
-    }
-
-    /// Watches one that something else may hold up, for which nobody is to end the program.
-    pub fn watch_unless(
-        &self,
-        is_excused: impl Fn() -> bool + Send + 'static,
-        name: &'static str,
-        stage: &Arc<Stage>,
-        limit: Duration,
-    ) {
-        self.watched().push(Watched {
-            name,
-            stage: Arc::clone(stage),
-            is_waited_for: Box::new(|| false),
-            is_excused: Box::new(is_excused),
+            around: Box::new(around),
             limit,
             seen: Seen::default(),
         });
@@ -121,12 +111,8 @@ impl Progress {
     pub fn stuck(&self, now: Instant) -> Option<Stuck> {
         let mut watched = self.watched();
         let stuck = watched.iter_mut().filter_map(|watched| {
-            let (counts, is_waited_for) = (watched.stage.counts(), (watched.is_waited_for)());
-            let mut since = watched.seen.look(counts, is_waited_for, now);
-            if (watched.is_excused)() {
-                watched.seen = Seen::default();
-                since = Duration::ZERO;
-            }
+            let counts = watched.stage.counts();
+            let since = watched.seen.look(counts, (watched.around)(), now);
             (since > watched.limit).then_some(Stuck {
                 stage: watched.name,
                 since,
@@ -146,9 +132,13 @@ struct Seen {
 
 impl Seen {
     /// How long it has had something to do and done nothing.
-    fn look(&mut self, counts: (u64, u64), is_waited_for: bool, now: Instant) -> Duration {
+    fn look(&mut self, counts: (u64, u64), around: Around, now: Instant) -> Duration {
         let (begun, ended) = counts;
-        let has_work = begun != ended || is_waited_for;
+        let has_work = match around {
+            Around::Nothing => begun != ended,
+            Around::Waited => true,
+            Around::Excused => false,
+        };
         if !has_work || counts != self.counts {
             self.since = None;
         }
@@ -173,7 +163,7 @@ mod tests {
     fn an_idle_stage_is_never_stuck() {
         let (mut seen, start) = (Seen::default(), Instant::now());
         for hours in 0..10 {
-            let since = seen.look((7, 7), false, after(start, hours * 3600));
+            let since = seen.look((7, 7), Around::Nothing, after(start, hours * 3600));
             assert_eq!(since, Duration::ZERO);
         }
     }
@@ -181,33 +171,51 @@ mod tests {
     #[test]
     fn work_that_does_not_end_is_counted_from_when_it_was_seen() {
         let (mut seen, start) = (Seen::default(), Instant::now());
-        assert_eq!(seen.look((1, 0), false, start), Duration::ZERO);
+        assert_eq!(seen.look((1, 0), Around::Nothing, start), Duration::ZERO);
         assert_eq!(
-            seen.look((1, 0), false, after(start, 9)),
+            seen.look((1, 0), Around::Nothing, after(start, 9)),
             Duration::from_secs(9)
         );
         // One of several threads ends something, or begins something new: it moves.
-        assert_eq!(seen.look((2, 0), false, after(start, 10)), Duration::ZERO);
-        assert_eq!(seen.look((2, 1), false, after(start, 11)), Duration::ZERO);
         assert_eq!(
-            seen.look((2, 1), false, after(start, 13)),
+            seen.look((2, 0), Around::Nothing, after(start, 10)),
+            Duration::ZERO
+        );
+        assert_eq!(
+            seen.look((2, 1), Around::Nothing, after(start, 11)),
+            Duration::ZERO
+        );
+        assert_eq!(
+            seen.look((2, 1), Around::Nothing, after(start, 13)),
             Duration::from_secs(2)
         );
-        assert_eq!(seen.look((2, 2), false, after(start, 14)), Duration::ZERO);
+        assert_eq!(
+            seen.look((2, 2), Around::Nothing, after(start, 14)),
+            Duration::ZERO
+        );
         // Idle for long, then at work again: only the work counts.
-        assert_eq!(seen.look((3, 2), false, after(start, 999)), Duration::ZERO);
+        assert_eq!(
+            seen.look((3, 2), Around::Nothing, after(start, 999)),
+            Duration::ZERO
+        );
     }
 
     #[test]
     fn work_that_nobody_begins_is_as_bad() {
         let (mut seen, start) = (Seen::default(), Instant::now());
-        assert_eq!(seen.look((5, 5), true, start), Duration::ZERO);
+        assert_eq!(seen.look((5, 5), Around::Waited, start), Duration::ZERO);
         assert_eq!(
-            seen.look((5, 5), true, after(start, 60)),
+            seen.look((5, 5), Around::Waited, after(start, 60)),
             Duration::from_secs(60)
         );
-        assert_eq!(seen.look((5, 5), false, after(start, 61)), Duration::ZERO);
-        assert_eq!(seen.look((5, 5), true, after(start, 62)), Duration::ZERO);
+        assert_eq!(
+            seen.look((5, 5), Around::Nothing, after(start, 61)),
+            Duration::ZERO
+        );
+        assert_eq!(
+            seen.look((5, 5), Around::Waited, after(start, 62)),
+            Duration::ZERO
+        );
     }
 
     #[test]
@@ -216,8 +224,11 @@ mod tests {
         let (progress, start) = (Progress::default(), Instant::now());
         let (writer, hangs) = (Arc::new(Stage::default()), Arc::new(AtomicBool::new(true)));
         let its_disk = Arc::clone(&hangs);
-        let is_excused = move || its_disk.load(Ordering::Relaxed);
-        progress.watch_unless(is_excused, "writer", &writer, Duration::from_secs(10));
+        let around = move || match its_disk.load(Ordering::Relaxed) {
+            true => Around::Excused,
+            false => Around::Nothing,
+        };
+        progress.watch("writer", &writer, Duration::from_secs(10), around);
         let _held = writer.work();
         assert_eq!(progress.stuck(start), None);
         assert_eq!(progress.stuck(after(start, 99)), None);
@@ -232,8 +243,10 @@ mod tests {
     fn the_longest_stuck_is_named_and_recovers() {
         let (progress, start) = (Progress::default(), Instant::now());
         let (writer, front) = (Arc::new(Stage::default()), Arc::new(Stage::default()));
-        progress.watch("writer", &writer, Duration::from_secs(10), || false);
-        progress.watch("front", &front, Duration::from_secs(1), || false);
+        progress.watch("writer", &writer, Duration::from_secs(10), || {
+            Around::Nothing
+        });
+        progress.watch("front", &front, Duration::from_secs(1), || Around::Nothing);
         let held = writer.work();
         assert_eq!(progress.stuck(start), None);
         assert_eq!(progress.stuck(after(start, 10)), None);

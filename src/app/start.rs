@@ -20,7 +20,7 @@ use crate::control::{self, Control};
 use crate::direct;
 use crate::drain::Drain;
 use crate::intake::{Intake, builtin, tiny_http};
-use crate::progress::{self, Progress};
+use crate::progress::{self, Around, Progress};
 use crate::queue::ByClass;
 use crate::queue::heartbeat::Heartbeat;
 use crate::queue::mover::Mover;
@@ -253,16 +253,17 @@ fn start_store_threads(
     writer.budget = Some(Arc::clone(&stage.budget));
     let limit = store_limit(config);
     let disk = Arc::clone(store);
-    let hangs = move || disk.hangs().is_some();
-    stage
-        .progress
-        .watch_unless(hangs, "writer", &writer.stage, limit);
+    let around = move || match disk.hangs() {
+        Some(_) => Around::Excused,
+        None => Around::Nothing,
+    };
+    stage.progress.watch("writer", &writer.stage, limit, around);
     spawn(threads, "writer", move || writer.run())?;
     let (settler, settlements) =
         Settler::new(Arc::clone(store), Arc::clone(health), Arc::clone(metrics));
     stage
         .progress
-        .watch("settler", &settler.stage, limit, || false);
+        .watch("settler", &settler.stage, limit, || Around::Nothing);
     spawn(threads, "settler", move || settler.run())?;
     let sampler = Sampler {
         store: Arc::clone(store),
@@ -331,7 +332,7 @@ fn new_poller(
     let limit = store_limit(config);
     stage
         .progress
-        .watch("poller", &poller_stage, limit, || false);
+        .watch("poller", &poller_stage, limit, || Around::Nothing);
     Poller {
         store: Arc::clone(&stage.store),
         health: Arc::clone(&stage.health),
@@ -416,9 +417,12 @@ fn watch_workers(
     let limit = 2 * config.proxy.request_timeout + Duration::from_secs(60);
     let (waiting, busy) = (direct.clone(), shared.metrics.busy_proxy.clone());
     let workers = i64::try_from(config.proxy.num_clients).unwrap_or(i64::MAX);
-    let is_waited_for = move || !waiting.is_empty() && busy.get() < workers;
-    progress.watch("proxy workers", proxy, limit, is_waited_for);
-    progress.watch("queue workers", queue, limit, || false);
+    let around = move || match !waiting.is_empty() && busy.get() < workers {
+        true => Around::Waited,
+        false => Around::Nothing,
+    };
+    progress.watch("proxy workers", proxy, limit, around);
+    progress.watch("queue workers", queue, limit, || Around::Nothing);
 }
 
 fn new_intake(
@@ -477,7 +481,7 @@ fn start_intake(
             .map_err(cannot_start("intake"))?;
             stage
                 .progress
-                .watch("intake", acceptor.stage(), INTAKE_LIMIT, || false);
+                .watch("intake", acceptor.stage(), INTAKE_LIMIT, || Around::Nothing);
             Accepting::Builtin(acceptor)
         }
         AcceptorKind::TinyHttp => {

@@ -450,3 +450,96 @@ fn a_locked_table_holds_up_nobody() {
     wait_until("the store to work", || store.sample().is_ok());
     assert_eq!(counts(&store), (1, 0, 0));
 }
+
+/// Rows of the queue that were read, from the table or an index, by those who have gone.
+fn rows_read(database: &TestDb) -> i64 {
+    let others = "
+        SELECT count(*) FROM pg_stat_activity
+         WHERE datname = current_database() AND pid <> pg_backend_pid()";
+    // They tell what they have read when they leave.
+    wait_until("the connections to be gone", || {
+        count(database, others) == 0
+    });
+    count(
+        database,
+        "SELECT (seq_tup_read + idx_tup_fetch)::bigint
+                + (SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes
+                    WHERE relname = 'proxy_requests')
+           FROM pg_stat_user_tables
+          WHERE relname = 'proxy_requests'",
+    )
+}
+
+/// Has so many rows wait until tomorrow.
+fn postpone(database: &TestDb, rows: i64) {
+    let sql = format!(
+        "INSERT INTO proxy_requests
+                (id, received_at, next_attempt_at, attempt, method, target, headers, body)
+         SELECT gen_random_uuid(), now(), now() + interval '1 day', 1, 'POST', '/', '', ''
+           FROM generate_series(1, {rows})"
+    );
+    let mut client = database.client();
+    client.batch_execute(&sql).unwrap();
+    client
+        .batch_execute("VACUUM ANALYZE proxy_requests")
+        .unwrap();
+}
+
+/// However much waits, what was leased is found without reading it: that would take longer than a
+/// statement may.
+#[test]
+fn what_the_dead_had_leased_is_found_among_any_number_of_rows() {
+    const WAITING: i64 = 20_000;
+    let silence = Duration::from_secs(1);
+    let database = cluster().database();
+    let silent = open(&database).with_silence(silence);
+    for _ in 0..3 {
+        append_one(&silent);
+    }
+    assert_eq!(claim(&silent, 10).len(), 3);
+    drop(silent);
+    postpone(&database, WAITING);
+    let before = rows_read(&database);
+    let other = open(&database).with_silence(silence);
+    let mut taken = 0;
+    wait_until("its rows to be taken over", || {
+        taken += other.beat().unwrap();
+        taken == 3
+    });
+    drop(other);
+    let read = rows_read(&database) - before;
+    assert!((3..WAITING / 10).contains(&read), "{read} rows read");
+}
+
+/// The same for rows of a claim whose answer was lost.
+#[test]
+fn what_a_lost_claim_had_leased_is_found_among_any_number_of_rows() {
+    const WAITING: i64 = 20_000;
+    let database = cluster().database();
+    append_one(&open(&database));
+    postpone(&database, WAITING);
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let relay = Relay::start(listener, database.port());
+    let url = database
+        .url()
+        .replace(&database.port().to_string(), &relay.port().to_string());
+    let before = rows_read(&database);
+    let store = open_with(&url, 2, SHORT_TIMEOUT);
+    let claimed = || {
+        let claim = store.claim(Class::Fresh, 10, usize::MAX, LEASE);
+        claim.map_or(0, |claim| claim.rows.len())
+    };
+    wait_until("the row to be claimed", || claimed() == 1);
+    // Held by nobody that the store knows of, as if the answer had not arrived.
+    database
+        .client()
+        .batch_execute("UPDATE proxy_requests SET id = gen_random_uuid() WHERE leased")
+        .unwrap();
+    relay.freeze(true);
+    assert_eq!(claimed(), 0);
+    relay.freeze(false);
+    wait_until("the row to be given back", || claimed() == 1);
+    drop(store);
+    let read = rows_read(&database) - before;
+    assert!((2..WAITING / 10).contains(&read), "{read} rows read");
+}

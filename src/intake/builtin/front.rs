@@ -198,11 +198,7 @@ impl<S: Service> Front<S> {
     }
 
     /// Waits for events, and leaves them in `events`.
-    fn wait(
-        &self,
-        events: &mut Vec<epoll::Event>,
-        timeout: Option<Duration>,
-    ) -> Result<(), Errno> {
+    fn wait(&self, events: &mut Vec<epoll::Event>, timeout: Option<Duration>) -> Result<(), Errno> {
         events.clear();
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         let epoll = &self.acceptor.parked.epoll;
