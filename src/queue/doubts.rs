@@ -6,7 +6,7 @@
 //! its [`End`], a row that is claimed shows that it was committed, and what cannot be told any more,
 //! because the connection broke, is asked for by id.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,6 +24,9 @@ const BROKEN_MIN: Duration = Duration::from_secs(3);
 const UNKEPT_MAX: usize = 64;
 /// How long such a one is remembered whose end will not be told.
 const UNKEPT_TIME_MAX: Duration = Duration::from_secs(600);
+/// Rows remembered that were claimed last: whoever waits for an append may hear that its connection
+/// broke only after its rows have been claimed over another.
+const CLAIMED_KEPT: usize = 4096;
 
 /// How an append ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,12 +180,27 @@ struct Doubt {
     kept: Kept,
 }
 
+impl Doubt {
+    /// One of its rows, perhaps, was claimed.
+    fn claimed(&mut self, id: &Uuid, committed: &mut HashSet<Uuid>, metrics: &Metrics) {
+        match (self.ids.remove(id), self.kept) {
+            (true, Kept::InSpool) => {
+                committed.insert(*id);
+            }
+            (true, Kept::Elsewhere) => metrics.late_commits.inc(),
+            (false, _) => {}
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     last_number: u64,
     doubts: Vec<Doubt>,
     /// Known to be in the store, and still in the spool.
     committed: HashSet<Uuid>,
+    /// The last ones.
+    claimed: VecDeque<Uuid>,
 }
 
 /// All appends in doubt.
@@ -210,18 +228,25 @@ impl Doubts {
         self.count.store(state.doubts.len(), Ordering::Release);
     }
 
-    /// Remembers an append; gives the number to name it by.
-    pub(super) fn add(&self, ids: Vec<Uuid>, ending: Ending, kept: Kept) -> u64 {
+    /// Remembers an append; gives the number to name it by. What was claimed already was committed.
+    pub(super) fn add(&self, ids: Vec<Uuid>, ending: Ending, kept: Kept, metrics: &Metrics) -> u64 {
         let mut state = self.state();
         state.last_number += 1;
         let number = state.last_number;
-        state.doubts.push(Doubt {
+        let mut doubt = Doubt {
             number,
             ids: ids.into_iter().collect(),
             ending,
             since: Instant::now(),
             kept,
-        });
+        };
+        let State {
+            claimed, committed, ..
+        } = &mut *state;
+        for id in claimed.iter() {
+            doubt.claimed(id, committed, metrics);
+        }
+        state.doubts.push(doubt);
         let unkept = |doubt: &Doubt| doubt.kept == Kept::Elsewhere;
         if state.doubts.iter().filter(|doubt| unkept(doubt)).count() > UNKEPT_MAX
             && let Some(oldest) = state.doubts.iter().position(unkept)
@@ -243,22 +268,22 @@ impl Doubts {
 
     /// Notes rows that were claimed, which shows that their append was committed, and looks for
     /// ends that have been told since.
-    pub(super) fn seen(&self, claimed: impl Iterator<Item = Uuid>, metrics: &Metrics) {
-        if self.count.load(Ordering::Acquire) == 0 {
-            return;
-        }
+    pub(super) fn seen(&self, ids: impl Iterator<Item = Uuid>, metrics: &Metrics) {
         let mut state = self.state();
         let State {
-            doubts, committed, ..
+            doubts,
+            committed,
+            claimed,
+            ..
         } = &mut *state;
-        for id in claimed {
+        for id in ids {
             for doubt in &mut *doubts {
-                match (doubt.ids.remove(&id), doubt.kept) {
-                    (true, Kept::InSpool) => committed.extend([id]),
-                    (true, Kept::Elsewhere) => metrics.late_commits.inc(),
-                    (false, _) => {}
-                }
+                doubt.claimed(&id, committed, metrics);
             }
+            if claimed.len() >= CLAIMED_KEPT {
+                claimed.pop_front();
+            }
+            claimed.push_back(id);
         }
         doubts.retain(|doubt| match (doubt.kept, doubt.ending.look()) {
             (Kept::InSpool, _) => true,
@@ -385,7 +410,8 @@ mod tests {
     fn spooled_rows_are_held_back_until_the_end_is_known_and_they_are_removed() {
         let (doubts, ids) = (Doubts::default(), ids(3));
         let (teller, ending) = ending();
-        let number = doubts.add(ids.clone(), ending, Kept::InSpool);
+        let metrics = Metrics::new(1).unwrap();
+        let number = doubts.add(ids.clone(), ending, Kept::InSpool, &metrics);
         assert_eq!(doubts.ended(), []);
         assert_eq!(doubts.held_back().len(), 3);
         teller.tell(End::Committed);
@@ -402,8 +428,8 @@ mod tests {
         let metrics = Metrics::new(1).unwrap();
         let (doubts, ids) = (Doubts::default(), ids(4));
         let unknown = || Ending::over(End::Unknown);
-        doubts.add(ids[..2].to_vec(), unknown(), Kept::InSpool);
-        doubts.add(ids[2..].to_vec(), unknown(), Kept::Elsewhere);
+        doubts.add(ids[..2].to_vec(), unknown(), Kept::InSpool, &metrics);
+        doubts.add(ids[2..].to_vec(), unknown(), Kept::Elsewhere, &metrics);
         doubts.seen([ids[0], ids[2]].into_iter(), &metrics);
         assert_eq!(doubts.committed(), [ids[0]]);
         // Not asked for yet: the server may be at it.
@@ -416,18 +442,41 @@ mod tests {
         assert_eq!(metrics.late_commits.get(), 1);
     }
 
+    /// The rows may be claimed, delivered and deleted before their writer hears that its connection
+    /// broke.
+    #[test]
+    fn a_row_claimed_before_its_append_was_in_doubt_was_committed_as_well() {
+        let metrics = Metrics::new(1).unwrap();
+        let (doubts, ids) = (Doubts::default(), ids(4));
+        doubts.seen(ids[..2].iter().copied(), &metrics);
+        let unknown = || Ending::over(End::Unknown);
+        doubts.add(ids[1..3].to_vec(), unknown(), Kept::InSpool, &metrics);
+        doubts.add(vec![ids[0], ids[3]], unknown(), Kept::Elsewhere, &metrics);
+        assert_eq!(doubts.committed(), [ids[1]]);
+        assert!(doubts.held_back().contains(&ids[2]));
+        assert_eq!(metrics.late_commits.get(), 1);
+        // However much is claimed, what is remembered has a bound.
+        doubts.seen((0..2 * CLAIMED_KEPT).map(|_| Uuid::now_v7()), &metrics);
+        assert_eq!(doubts.state().claimed.len(), CLAIMED_KEPT);
+    }
+
     #[test]
     fn what_is_kept_nowhere_is_late_when_committed_and_forgotten_when_not() {
         let metrics = Metrics::new(1).unwrap();
         let doubts = Doubts::default();
         for end in [End::Committed, End::Nothing, End::NotBegun] {
-            doubts.add(ids(2), Ending::over(end), Kept::Elsewhere);
+            doubts.add(ids(2), Ending::over(end), Kept::Elsewhere, &metrics);
         }
         doubts.seen(std::iter::empty(), &metrics);
         assert_eq!(metrics.late_commits.get(), 2);
         assert!(doubts.state().doubts.is_empty());
         (0..2 * UNKEPT_MAX).for_each(|_| {
-            doubts.add(ids(1), Ending::over(End::Unknown), Kept::Elsewhere);
+            doubts.add(
+                ids(1),
+                Ending::over(End::Unknown),
+                Kept::Elsewhere,
+                &metrics,
+            );
         });
         assert_eq!(doubts.state().doubts.len(), UNKEPT_MAX);
     }

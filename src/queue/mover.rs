@@ -259,7 +259,7 @@ impl Mover {
             course.failed();
         }
         if error.is_outage() {
-            course.open = Some(doubts.add(ids, ending, Kept::InSpool));
+            course.open = Some(doubts.add(ids, ending, Kept::InSpool, &self.metrics));
         }
         match error.is_outage() && !is_away {
             // A slow way to the store, perhaps; others find out whether it works.

@@ -378,16 +378,18 @@ impl Writer {
         match &self.spool {
             Some(spool) if !is_refused => {
                 // Before they are in the spool: from then on the mover would move them.
-                let number = self.health.doubts.add(ids, ending, Kept::InSpool);
+                let doubts = &self.health.doubts;
+                let number = doubts.add(ids, ending, Kept::InSpool, &self.metrics);
                 let result = spool.append(rows);
                 if result.is_err() {
-                    self.health.doubts.not_spooled(number);
+                    doubts.not_spooled(number);
                 }
                 result.map(|()| Place::Spool)
             }
             _ => {
                 if !is_refused {
-                    self.health.doubts.add(ids, ending, Kept::Elsewhere);
+                    let doubts = &self.health.doubts;
+                    doubts.add(ids, ending, Kept::Elsewhere, &self.metrics);
                 }
                 Err(error)
             }
