@@ -1,7 +1,5 @@
 //! Chooses the rows of a [`Store::claim_probes`](super::Store::claim_probes).
 
-use std::collections::HashSet;
-
 use rusqlite::{Params, Statement, Transaction, params};
 
 use super::super::{Class, PROBE_ROWS_MAX, Probe, Spot};
@@ -69,16 +67,19 @@ fn anywhere(
     let (least, most): (i64, i64) = span;
     let mut select = transaction.prepare(CANDIDATES_FROM)?;
     let rows = to_i64(PROBE_ROWS_MAX / wanted.limit.max(1)).max(1);
-    let mut taken = HashSet::new();
     let mut chosen = Vec::new();
+    let mut first_from = |place: i64, chosen: &[i64]| -> rusqlite::Result<Option<i64>> {
+        let found = candidates(&mut select, params![now, rows, place], wanted)?;
+        let left = found.iter().filter(|row| !chosen.contains(&row.seq));
+        Ok(left.min_by_key(|row| row.attempts).map(|row| row.seq))
+    };
     for _ in 0..wanted.limit.min(PROBE_ROWS_MAX) {
-        let from = fastrand::i64(least..=most);
-        let found = candidates(&mut select, params![now, rows, from], wanted)?;
-        let left = found.iter().filter(|row| !taken.contains(&row.seq));
-        if let Some(row) = left.min_by_key(|row| row.attempts) {
-            taken.insert(row.seq);
-            chosen.push(row.seq);
-        }
+        let place = fastrand::i64(least..=most);
+        chosen.extend(first_from(place, &chosen)?);
+    }
+    if chosen.is_empty() {
+        // Behind none of the places is one: those at the end are being sent.
+        chosen.extend(first_from(least, &[])?);
     }
     Ok(chosen)
 }
