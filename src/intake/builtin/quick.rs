@@ -168,6 +168,11 @@ impl Quick {
                         input: self.input.since(mark).to_vec(),
                     })));
                 }
+                // No thread waits for what else it sends: there are too few.
+                Some(Err(Fault::Refused(answer))) if service.threads_max().is_some() => {
+                    self.refuse(service, link, answer);
+                    return Some(Visit::Over);
+                }
                 // Not whole, not valid, or not to be answered at once: a thread begins anew with it.
                 _ => {
                     return Some(Visit::HandOver(Rest {
