@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use super::http::{self, Response};
 use super::metrics::Metrics;
 use super::process::Process;
-use super::usage::Usage;
+use super::usage::{self, Usage};
 
 /// How long anything that must happen may take, on the slowest machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -190,6 +190,11 @@ impl Proxy {
     /// What it takes of the system.
     pub fn usage(&self) -> Usage {
         Usage::of(self.process.pid())
+    }
+
+    /// Its open sockets, but for connections to `destination`.
+    pub fn sockets_but_to(&self, destination: SocketAddr) -> usize {
+        usage::sockets_but_to(self.process.pid(), destination)
     }
 
     /// Sends one request to the intake, on a connection of its own.

@@ -1,6 +1,8 @@
 //! What a process takes of the system, as the kernel tells.
 
+use std::collections::HashSet;
 use std::fs;
+use std::net::SocketAddr;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -28,6 +30,23 @@ impl Usage {
             descriptors: fs::read_dir(format!("/proc/{pid}/fd")).expect("fd").count(),
         }
     }
+}
+
+/// Open sockets of a process, but for connections to `destination`.
+pub fn sockets_but_to(pid: u32, destination: SocketAddr) -> usize {
+    let table = fs::read_to_string(format!("/proc/{pid}/net/tcp")).expect("net/tcp");
+    let port = format!(":{:04X}", destination.port());
+    let connections = table.lines().map(|line| line.split_whitespace().collect());
+    let inodes: HashSet<String> = connections
+        .filter(|fields: &Vec<_>| fields.get(2).is_some_and(|remote| remote.ends_with(&port)))
+        .filter_map(|fields| Some(format!("socket:[{}]", fields.get(9)?)))
+        .collect();
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).expect("fd");
+    descriptors
+        .filter_map(|descriptor| fs::read_link(descriptor.ok()?.path()).ok())
+        .filter_map(|opened| opened.into_os_string().into_string().ok())
+        .filter(|opened| opened.starts_with("socket:") && !inodes.contains(opened))
+        .count()
 }
 
 /// Enough for the largest crowd and for what runs beside it.
