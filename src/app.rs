@@ -24,6 +24,7 @@ use crate::config::{Bind, Change, Config, ConfigError, RemoteUrl, shown_address}
 use crate::descriptors;
 use crate::drain::Drain;
 use crate::intake::Intake;
+use crate::logger;
 use crate::queue::StoreError;
 use crate::queue::health::StoreHealth;
 use crate::request::Mark;
@@ -318,7 +319,7 @@ impl Running {
 
     /// Takes over those settings that need no restart.
     fn reconfigure(&self, started: &Config, older: &Config, newer: &Config) {
-        log::set_max_level(newer.log.level);
+        logger::set(newer.log.level, newer.log.format);
         let (server, queue) = (&newer.server, &newer.queue);
         let intake = &self.intake;
         let rate = server.enqueue_enabled.then_some(server.enqueue_rate);

@@ -22,6 +22,7 @@ pub use raw::ConfigError;
 pub use secrets::ExposedSecret;
 pub use values::{duration as parse_duration, positive_duration as parse_positive_duration};
 
+use crate::logger;
 use crate::machine;
 use crate::queue::migrate::Policy;
 use crate::regular_file;
@@ -110,6 +111,7 @@ settings! {
     "db.migrate" = "true", "true or false", "`false`: tables are never created or changed at the start; `asyncproxy migrate` does it";
     "db.spool" = "", "empty or sqlite:PATH", "a file for what Postgres does not take while it is down: `sqlite:PATH`; empty: none";
     "log.level" = "info", "a level", "`error`, `warn`, `info`, `debug` or `trace`";
+    "log.format" = "logfmt", "logfmt or json", "`logfmt`, or `json`: one object a line";
 }
 
 /// What a running program cannot change: its sockets, its threads, its store, and times that leases
@@ -253,6 +255,7 @@ pub struct Db {
 #[derive(Debug)]
 pub struct Log {
     pub level: log::LevelFilter,
+    pub format: logger::Format,
 }
 
 impl Config {
@@ -319,6 +322,11 @@ impl Config {
             db,
             log: Log {
                 level: raw.get("log.level", values::level)?,
+                format: raw.get("log.format", |text| match text {
+                    "logfmt" => Ok(logger::Format::Logfmt),
+                    "json" => Ok(logger::Format::Json),
+                    _ => Err("logfmt or json".to_owned()),
+                })?,
             },
             warnings,
             exposed: exposed(&raw, secrets),

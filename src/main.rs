@@ -11,6 +11,7 @@ use asyncproxy::cli::migrate::Migrate;
 use asyncproxy::cli::{self, Command, Failure};
 use asyncproxy::config::Config;
 use asyncproxy::{allocator, app, logger};
+use log::Level;
 
 /// Could not start or go on, or lost something.
 const FAILED: i32 = 1;
@@ -51,7 +52,7 @@ fn run(path: &Path) -> i32 {
         Ok(config) => config,
         Err(error) => return complain(error, MISUSED),
     };
-    if let Err(error) = logger::init(config.log.level) {
+    if let Err(error) = logger::init(config.log.level, config.log.format) {
         return complain(format!("cannot start the log: {error}"), FAILED);
     }
     logger::log_panics();
@@ -152,7 +153,15 @@ fn print(text: &str) -> i32 {
 }
 
 fn complain(error: impl Display, status: i32) -> i32 {
+    let level = match status {
+        0 => Level::Warn,
+        _ => Level::Error,
+    };
     // A closed stderr changes nothing about the exit status.
-    let _ = writeln!(std::io::stderr(), "asyncproxy: {error}");
+    let _ = writeln!(
+        std::io::stderr(),
+        "{}asyncproxy: {error}",
+        logger::prefix(level)
+    );
     status
 }

@@ -189,7 +189,7 @@ fn unknown_libpq_keywords_are_accepted_with_a_warning() {
 }
 
 /// Settings that stop the start: key, value as it stands in the file.
-const BAD: [(&str, &str); 35] = [
+const BAD: [(&str, &str); 36] = [
     ("server.bind", "8080"),
     ("server.bind", "localhost"),
     ("server.bind", "127.0.0.1:70000"),
@@ -225,6 +225,7 @@ const BAD: [(&str, &str); 35] = [
     ("db.max_connections", "0"),
     ("db.use_index", "sometimes"),
     ("log.level", "loud"),
+    ("log.format", "xml"),
 ];
 
 #[test]

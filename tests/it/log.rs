@@ -128,6 +128,86 @@ fn colours_can_be_switched_off() {
     assert_logfmt(&proxy.log());
 }
 
+/// All that is said until the end, to a reader that is taken for the journal if `is_journal`.
+fn said(setup: &Setup, arguments: &[&str], is_journal: bool) -> String {
+    let (reader, writer) = std::io::pipe().expect("pipe");
+    let stat = rustix::fs::fstat(&writer).expect("fstat");
+    let inode = stat.st_ino + u64::from(!is_journal);
+    let mut command = setup.command();
+    command
+        .args(arguments)
+        .env("JOURNAL_STREAM", format!("{}:{inode}", stat.st_dev))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(writer);
+    let mut child = command.spawn().expect("start");
+    // It has the other end of the pipe, too.
+    drop(command);
+    let mut text = String::new();
+    for line in BufReader::new(reader).lines() {
+        let line = line.expect("a line") + "\n";
+        if line.contains("store is ready") {
+            kill_process(Pid::from_child(&child), Signal::TERM).expect("signal");
+        }
+        text += &line;
+    }
+    child.wait().expect("wait");
+    text
+}
+
+#[test]
+fn lines_are_in_their_format_and_for_the_journal_have_their_priority() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let taken = taken.local_addr().expect("an address");
+    for (format, is_journal) in [
+        ("logfmt", true),
+        ("logfmt", false),
+        ("json", true),
+        ("json", false),
+    ] {
+        let setup = || Setup::new("http://127.0.0.1:1").set("log.format", format);
+        let check = |text: &str, last: &str| {
+            for (line, is_last) in text
+                .lines()
+                .rev()
+                .zip([true].into_iter().chain([false; 99]))
+            {
+                let (priority, line) = line.split_at(match is_journal {
+                    true => "<6>".len(),
+                    false => 0,
+                });
+                match is_journal {
+                    true if is_last => assert_eq!(priority, last, "{text}"),
+                    true => assert!(["<6>", "<4>"].contains(&priority), "{text}"),
+                    false => {}
+                }
+                match format {
+                    "json" => {
+                        let line: serde_json::Value = serde_json::from_str(line).expect(line);
+                        assert!(line["msg"].is_string(), "{line}");
+                    }
+                    _ if is_last && last == "<3>" => assert!(line.starts_with("asyncproxy: ")),
+                    _ => assert_logfmt(line),
+                }
+            }
+        };
+        check(&said(&setup(), &[], is_journal), "<6>");
+        let cannot_start = setup().set("server.bind", taken);
+        check(&said(&cannot_start, &[], is_journal), "<3>");
+    }
+}
+
+#[test]
+fn what_is_said_without_a_log_has_its_priority_in_the_journal() {
+    let wrong = Setup::new("http://127.0.0.1:1").set("log.format", "xml");
+    for arguments in [&[][..], &["--check-config"], &["--nonsense"], &["migrate"]] {
+        let text = said(&wrong, arguments, true);
+        assert!(text.starts_with("<3>asyncproxy: "), "{text}");
+        let text = said(&wrong, arguments, false);
+        assert!(text.starts_with("asyncproxy: "), "{text}");
+    }
+}
+
 /// Its addresses are known without its log.
 struct Silent {
     child: Child,
