@@ -1,7 +1,9 @@
 //! PgBouncer in transaction mode, in front of one database.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
@@ -21,6 +23,8 @@ pub struct Pgbouncer {
     port: Option<Port>,
     server: (String, u16),
     mode: &'static str,
+    /// What it says.
+    log: PathBuf,
 }
 
 impl Pgbouncer {
@@ -58,7 +62,9 @@ impl Pgbouncer {
         let directory = TempDir::new().expect("temporary directory");
         give_to_server_account(directory.path());
         let configuration = directory.path().join("pgbouncer.ini");
-        fs::write(&configuration, ini(&server, port.number(), mode)).expect("write pgbouncer.ini");
+        let log = directory.path().join("log");
+        let ini = ini(&server, port.number(), mode, &log);
+        fs::write(&configuration, ini).expect("write pgbouncer.ini");
         give_to_server_account(&configuration);
         // The server account's shell removes the directory: this process may be killed.
         let _ = directory.keep();
@@ -74,13 +80,14 @@ impl Pgbouncer {
             port: Some(port),
             server,
             mode,
+            log,
         };
         let deadline = Instant::now() + START_TIMEOUT;
         while Instant::now() < deadline {
             if Client::connect(&running.url, NoTls).is_ok() {
                 return Some(running);
             }
-            std::thread::sleep(Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(20));
         }
         None
     }
@@ -99,11 +106,16 @@ impl Pgbouncer {
 
 impl Drop for Pgbouncer {
     fn drop(&mut self) {
+        if thread::panicking() {
+            let log = fs::read_to_string(&self.log);
+            eprintln!("--- output of PgBouncer:\n{}---", log.unwrap_or_default());
+        }
         self.end();
     }
 }
 
-fn ini((name, server_port): &(String, u16), port: u16, mode: &str) -> String {
+fn ini((name, server_port): &(String, u16), port: u16, mode: &str, log: &Path) -> String {
+    let log = log.display();
     format!(
         "[databases]\n\
          {name} = host=127.0.0.1 port={server_port} dbname={name} user=test\n\
@@ -111,6 +123,7 @@ fn ini((name, server_port): &(String, u16), port: u16, mode: &str) -> String {
          listen_addr = 127.0.0.1\n\
          listen_port = {port}\n\
          unix_socket_dir =\n\
+         logfile = {log}\n\
          auth_type = any\n\
          pool_mode = {mode}\n\
          default_pool_size = {POOL_SIZE}\n\
