@@ -228,14 +228,30 @@ fn when_all_threads_are_at_work_what_needs_none_is_answered_and_the_rest_refused
 }
 
 #[test]
-fn a_thread_that_only_waits_for_a_sender_is_given_to_another() {
+fn what_is_refused_takes_no_thread() {
     let bench = Bench::start(NEVER);
-    // Refused, and what follows is thrown away, for a second at most: both threads do that.
-    let mut refused: Vec<_> = (0..THREADS_MAX)
+    let mut refused: Vec<_> = (0..3 * THREADS_MAX)
         .map(|_| bench.send("GET  / HTTP/1.1\r\n\r\n"))
         .collect();
     for stream in &mut refused {
         assert_eq!(status(stream), 400);
+    }
+    assert_eq!(bench.acceptor.at_threads.load(super::Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_thread_that_only_waits_for_a_sender_is_given_to_another() {
+    let bench = Bench::start(NEVER);
+    // What follows the last request is thrown away, for a second at most: both threads do that.
+    let last = "GET /slow HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\nmore";
+    let mut last: Vec<_> = (0..THREADS_MAX).map(|_| bench.send(last)).collect();
+    // Which of them hears of it is not said.
+    for _ in &last {
+        bench.entered.recv_timeout(PATIENCE).unwrap();
+        bench.release.send(()).unwrap();
+    }
+    for stream in &mut last {
+        assert_eq!(status(stream), 202);
     }
     wait_until(|| {
         let seats = bench.acceptor.seats();
