@@ -400,7 +400,7 @@ impl Store for PostgresStore {
         if !self.tell(self.timeout)? {
             return Ok(0);
         }
-        let silence = self.leases.silence.as_secs_f64();
+        let (instance, silence) = (self.leases.instance, self.leases.silence.as_secs_f64());
         self.run(self.timeout, move |session| {
             let parameters = [(&silence as _, Type::FLOAT8)];
             count(&session.query_typed_one(TAKE_OVER, &parameters)?, 0)

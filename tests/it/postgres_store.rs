@@ -485,6 +485,41 @@ fn postpone(database: &TestDb, rows: i64) {
         .unwrap();
 }
 
+/// Between its beat and its look for the dead an instance, or the server, may be frozen for long.
+/// Nobody has been heard of then, and nobody is dead for that.
+#[test]
+fn who_has_been_silent_itself_takes_over_nothing() {
+    let silence = Duration::from_millis(100);
+    let database = cluster().database();
+    let [one, other] = [(); 2].map(|()| open(&database).with_silence(silence));
+    for store in [&one, &other] {
+        append_one(store);
+        assert_eq!(claim(store, 1).len(), 1);
+        store.beat().unwrap();
+    }
+    // What a beat has written is old by the time of the look.
+    let freeze = "
+        CREATE FUNCTION age() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN NEW.last_seen := NEW.last_seen - interval '1 hour'; RETURN NEW; END $$;
+        CREATE TRIGGER age BEFORE INSERT OR UPDATE ON proxy_instances
+        FOR EACH ROW EXECUTE FUNCTION age();
+        UPDATE proxy_instances SET last_seen = last_seen;";
+    database.client().batch_execute(freeze).unwrap();
+    let judges_from = Instant::now() + 2 * silence;
+    let mut beats = 0;
+    while Instant::now() < judges_from || beats < 20 {
+        assert_eq!(one.beat().unwrap(), 0);
+        beats += 1;
+    }
+    let thaw = "
+        DROP TRIGGER age ON proxy_instances;
+        UPDATE proxy_instances SET last_seen = '-infinity'";
+    database.client().batch_execute(thaw).unwrap();
+    wait_until("what the other has to be taken over", || {
+        one.beat().unwrap() == 1
+    });
+}
+
 /// However much waits, what was leased is found without reading it: that would take longer than a
 /// statement may.
 #[test]

@@ -431,11 +431,18 @@ macro_rules! give_back {
 
 /// Of those not heard of for `$1` seconds, who are forgotten after twice as long: until then a
 /// claim of theirs may still be under way. The attempt stays counted, as it may have been made.
+/// Only while `$2`, who asks, is heard of: since it was decided to ask, this instance or the server
+/// may have been frozen, and all have been silent.
 pub(super) const TAKE_OVER: &str = give_back!(
     "silent AS MATERIALIZED (
         SELECT id, last_seen
           FROM proxy_instances
          WHERE last_seen < now() - $1 * interval '1 second'
+           AND EXISTS (
+                   SELECT
+                     FROM proxy_instances
+                    WHERE id = $2 AND last_seen >= now() - $1 * interval '1 second'
+               )
            FOR UPDATE SKIP LOCKED
     ), forgotten AS (
         DELETE FROM proxy_instances AS instance
