@@ -169,7 +169,16 @@ fn file(path: &str, accepted: &str) -> Result<PathBuf, String> {
         ":memory:" => {
             Err("sqlite: with the path of a file: a queue in memory would not survive".into())
         }
-        path => Ok(path.into()),
+        path => Ok(followed(path.into())),
+    }
+}
+
+/// The file itself where a symbolic link leads to one: what lies beside it, such as its log and its
+/// lock, has its name.
+fn followed(path: PathBuf) -> PathBuf {
+    match path.is_symlink() {
+        true => path.canonicalize().unwrap_or(path),
+        false => path,
     }
 }
 
