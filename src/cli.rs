@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod demo;
 pub mod doctor;
+pub mod instance;
 pub mod migrate;
 pub mod queue;
 pub mod sink;
@@ -19,6 +20,7 @@ use crate::queue::StoreError;
 use bench::Bench;
 use demo::Demo;
 use doctor::Doctor;
+use instance::OtherStore;
 use migrate::Migrate;
 
 pub const HELP: &str = "\
@@ -33,7 +35,7 @@ Usage:
   asyncproxy [--config PATH] doctor [--json] [--deep]
                                               look at settings, machine, database and destination,
                                               and say how to mend what is wrong
-  asyncproxy [--config PATH] migrate [--status] [--json]
+  asyncproxy [--config PATH] migrate [--status] [--json] [--other-store]
                                               create or change the tables of db.connection_string,
                                               or with --status tell what is pending
   asyncproxy sink [--bind ADDR] [--status N] [--delay D]
@@ -44,11 +46,13 @@ Usage:
                                               prints rate, errors and latencies
 
 Options:
-  --config PATH    settings, in YAML                      [./config.yaml]
+  --config PATH    settings, in YAML                      [./config.yaml; for queue, doctor and
+                   migrate else those of the service that runs here]
   --seconds N      how long webhooks are sent, 8 to 3600  [15]
   --status         write nothing, exit with 1 if something is pending
   --json           print JSON
   --deep           read a SQLite file whole
+  --other-store    go on though the running instance has another store than these settings
   --bind ADDR      host:port, or :port for all addresses  [:5000]
   --status N       status to answer with                  [200]
   --delay D        time before the answer: 500ms, 1m30s   [0s]
@@ -76,11 +80,11 @@ pub enum Command {
     Run(PathBuf),
     CheckConfig(PathBuf),
     Demo(Demo),
-    Doctor(PathBuf, Doctor),
-    Migrate(PathBuf, Migrate),
+    Doctor(Option<PathBuf>, Doctor),
+    Migrate(Option<PathBuf>, Migrate),
     Sink(Sink),
     Bench(Box<Bench>),
-    Queue(PathBuf, Box<queue::Queue>),
+    Queue(Option<PathBuf>, Box<queue::Queue>),
     QueueHelp,
     Help,
     Version,
@@ -148,7 +152,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
                     None => Command::QueueHelp,
                     Some(queue) => {
                         let path = queue.config.clone().or(config);
-                        Command::Queue(or_default(path), Box::new(queue))
+                        Command::Queue(path, Box::new(queue))
                     }
                 });
             }
@@ -195,7 +199,7 @@ fn parse_doctor(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Comm
             other => return Err(unexpected(other)),
         }
     }
-    Ok(Command::Doctor(or_default(config), doctor))
+    Ok(Command::Doctor(config, doctor))
 }
 
 fn parse_migrate(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Command, String> {
@@ -204,12 +208,13 @@ fn parse_migrate(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Com
         match argument {
             Arg::Long("config") => config = Some(PathBuf::from(value(parser)?)),
             Arg::Long("status") => migrate.status = true,
+            Arg::Long("other-store") => migrate.other_store = OtherStore::Use,
             Arg::Long("json") => migrate.json = true,
             Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
             other => return Err(unexpected(other)),
         }
     }
-    Ok(Command::Migrate(or_default(config), migrate))
+    Ok(Command::Migrate(config, migrate))
 }
 
 fn parse_sink(parser: &mut Parser) -> Result<Command, String> {
@@ -290,17 +295,31 @@ mod tests {
         ] {
             assert_eq!(parse_line(line), Ok(command), "{line}");
         }
-        let migrate =
-            |path: &str, status, json| Command::Migrate(path.into(), Migrate { status, json });
+        let migrate = |path: Option<&str>, status, json, other_store| {
+            let options = Migrate {
+                status,
+                json,
+                other_store,
+            };
+            Command::Migrate(path.map(PathBuf::from), options)
+        };
+        let (refuse, use_it) = (OtherStore::Refuse, OtherStore::Use);
         for (line, command) in [
-            ("migrate", migrate("config.yaml", false, false)),
-            ("migrate --status", migrate("config.yaml", true, false)),
-            ("--config a migrate --json", migrate("a", false, true)),
-            ("migrate --config a", migrate("a", false, false)),
+            ("migrate", migrate(None, false, false, refuse)),
+            ("migrate --status", migrate(None, true, false, refuse)),
+            ("migrate --other-store", migrate(None, false, false, use_it)),
+            (
+                "--config a migrate --json",
+                migrate(Some("a"), false, true, refuse),
+            ),
+            (
+                "migrate --config a",
+                migrate(Some("a"), false, false, refuse),
+            ),
             (
                 "--config a doctor --deep --json",
                 Command::Doctor(
-                    "a".into(),
+                    Some("a".into()),
                     Doctor {
                         json: true,
                         deep: true,

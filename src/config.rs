@@ -24,6 +24,7 @@ pub use values::{duration as parse_duration, positive_duration as parse_positive
 
 use crate::logger;
 use crate::machine;
+use crate::queue::identity::Identity;
 use crate::queue::migrate::Policy;
 use crate::regular_file;
 use crate::settle::RetryPolicy;
@@ -161,6 +162,8 @@ pub struct Config {
     pub queue: Queue,
     pub db: Db,
     pub log: Log,
+    /// The file they are from, wherever the program is then.
+    pub path: Option<PathBuf>,
     warnings: Vec<String>,
     exposed: Vec<ExposedSecret>,
     raw: Raw,
@@ -264,6 +267,17 @@ impl Config {
     /// # Errors
     /// One line that says what is wrong and what is accepted.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        Config::load_with(path, &|name| std::env::var(name).ok())
+    }
+
+    /// Reads a file, and the environment of whoever it is for: `env` looks up a variable.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn load_with(
+        path: &Path,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Config, ConfigError> {
         let yaml = regular_file::read(path, FILE_BYTES_MAX)
             .and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other))
             .map_err(|error| {
@@ -272,10 +286,9 @@ impl Config {
                     "{path:?}: cannot read the settings: {error}; {hint}"
                 ))
             })?;
-        let env = |name: &str| std::env::var(name).ok();
         let raw =
-            Raw::read(&yaml, &env).map_err(|error| ConfigError(format!("{path:?}: {error}")))?;
-        Config::understand(raw, Some(path), &env)
+            Raw::read(&yaml, env).map_err(|error| ConfigError(format!("{path:?}: {error}")))?;
+        Config::understand(raw, Some(path), env)
     }
 
     /// Understands settings; `env` looks up an environment variable.
@@ -328,6 +341,7 @@ impl Config {
                     _ => Err("logfmt or json".to_owned()),
                 })?,
             },
+            path: path.map(|path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned())),
             warnings,
             exposed: exposed(&raw, secrets),
             raw,
@@ -374,6 +388,34 @@ impl Config {
             return Err(raw.error("metrics.bind", "must be another address than server.bind"));
         }
         Ok(())
+    }
+
+    /// Which store they lead to. A relative path counts from where the program is.
+    pub fn store(&self) -> Identity {
+        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        match &self.db.database {
+            Database::Sqlite(path) => {
+                let path = absolute(path);
+                Identity {
+                    name: format!("sqlite:{}", path.display()),
+                    file: Some(path),
+                }
+            }
+            Database::Postgres(_) => Identity {
+                name: database::masked(&self.db.database),
+                file: None,
+            },
+        }
+    }
+
+    /// Makes relative paths of files that are yet to be opened count from `directory`.
+    pub fn found_from(&mut self, directory: &Path) {
+        if let Database::Sqlite(path) = &mut self.db.database {
+            *path = directory.join(&*path);
+        }
+        if let Some(path) = &mut self.db.spool {
+            *path = directory.join(&*path);
+        }
     }
 
     /// The text of a setting; what is secret is masked.

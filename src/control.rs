@@ -18,6 +18,9 @@ use crate::status::Status;
 
 /// Most connections at once. Those that have sent no whole request give way to others.
 pub const CONNECTIONS_MAX: usize = 64;
+/// The name of its socket in the directory that systemd gives a service at run time
+/// (`RuntimeDirectory=`): there the commands find a service without knowing its settings.
+pub const SOCKET: &str = "control.sock";
 /// Most threads: enough for some scrapers at once. Health is told without one.
 const THREADS_MAX: usize = 32;
 

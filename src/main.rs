@@ -7,6 +7,7 @@ use std::process::exit;
 
 use asyncproxy::cli::bench::Bench;
 use asyncproxy::cli::doctor::{self, Doctor};
+use asyncproxy::cli::instance::settings;
 use asyncproxy::cli::migrate::Migrate;
 use asyncproxy::cli::{self, Command, Failure};
 use asyncproxy::config::Config;
@@ -31,15 +32,15 @@ fn main() {
             Ok(false) => FAILED,
             Err(error) => complain(format!("demo: {error}"), FAILED),
         },
-        Ok(Command::Doctor(path, options)) => doctor(&path, options),
-        Ok(Command::Migrate(path, options)) => migrate(&path, options),
+        Ok(Command::Doctor(path, options)) => doctor(path.as_deref(), options),
+        Ok(Command::Migrate(path, options)) => migrate(path.as_deref(), options),
         Ok(Command::Sink(sink)) => match cli::sink::run(&sink) {
             Ok(()) => 0,
             Err(error) => complain(format!("sink: {}: {error}", sink.bind), FAILED),
         },
         Ok(Command::Bench(options)) => bench(*options),
         Ok(Command::QueueHelp) => print(cli::queue::HELP),
-        Ok(Command::Queue(path, queue)) => with_output(&path, |config, output| {
+        Ok(Command::Queue(path, queue)) => with_output(path.as_deref(), |config, output| {
             cli::queue::run(&queue, config, output).map(|()| 0)
         }),
     };
@@ -75,10 +76,10 @@ fn run(path: &Path) -> i32 {
 
 /// Runs a command that takes the settings and prints something.
 fn with_output(
-    path: &Path,
+    path: Option<&Path>,
     command: impl FnOnce(&Config, &mut dyn Write) -> Result<i32, Failure>,
 ) -> i32 {
-    let config = match Config::load(path) {
+    let config = match settings(path) {
         Ok(config) => config,
         Err(error) => return complain(error, MISUSED),
     };
@@ -105,7 +106,7 @@ fn check_config(path: &Path) -> i32 {
     }
 }
 
-fn doctor(path: &Path, options: Doctor) -> i32 {
+fn doctor(path: Option<&Path>, options: Doctor) -> i32 {
     let report = doctor::run(path, options);
     let printed = print(&match options.json {
         true => format!("{}\n", doctor::to_json(&report.findings)),
@@ -118,8 +119,8 @@ fn doctor(path: &Path, options: Doctor) -> i32 {
     }
 }
 
-fn migrate(path: &Path, options: Migrate) -> i32 {
-    let config = match Config::load(path) {
+fn migrate(path: Option<&Path>, options: Migrate) -> i32 {
+    let config = match settings(path) {
         Ok(config) => config,
         Err(error) => return complain(error, MISUSED),
     };
@@ -128,7 +129,8 @@ fn migrate(path: &Path, options: Migrate) -> i32 {
             let printed = print(&outcome.text);
             if outcome.is_current { printed } else { FAILED }
         }
-        Err(error) => complain(format!("migrate: {error}"), FAILED),
+        Err(Failure::Failed(why)) => complain(format!("migrate: {why}"), FAILED),
+        Err(Failure::Output(error)) => complain(format!("output: {error}"), FAILED),
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the program is at, in one picture: for `/status` on the control port, and for whoever
 //! shows it. Reads only.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use crate::config::RateScope;
 use crate::metrics::Metrics;
 use crate::queue::Store;
 use crate::queue::health::StoreHealth;
+use crate::queue::identity::Identity;
 
 /// Knows where to look.
 #[derive(Debug)]
@@ -26,6 +28,10 @@ pub struct Status {
     pub per_second: Arc<AtomicU32>,
     pub rate_scope: RateScope,
     pub started: Instant,
+    /// Which store it is.
+    pub identity: Identity,
+    /// The file that the settings are from.
+    pub settings: Option<PathBuf>,
 }
 
 impl Status {
@@ -37,6 +43,9 @@ impl Status {
         let per_second = |rate: f64| (rate * 10.0).round() / 10.0;
         let fault = self.destination.fault();
         let breaker = self.destination.name();
+        let mut store = self.identity.to_json(self.store.instance());
+        store["fault"] = json!(self.health.fault().map(|fault| fault.to_string()));
+        store["shortage"] = json!(self.store.shortage());
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "state": if is_draining { "draining" } else { "running" },
@@ -63,10 +72,9 @@ impl Status {
                 },
             },
             "destination": { "breaker": breaker, "fault": fault },
-            "store": {
-                "fault": self.health.fault().map(|fault| fault.to_string()),
-                "shortage": self.store.shortage(),
-            },
+            "pid": std::process::id(),
+            "settings": self.settings,
+            "store": store,
             // What the system's clock was set by last, if it was.
             "clock": self.clock.jump().map(|jump| json!({
                 "set_by_seconds": jump.by_seconds(),

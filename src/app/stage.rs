@@ -189,6 +189,8 @@ impl Stage {
             per_second: Arc::clone(&self.tunables.per_second),
             rate_scope: config.queue.rate_scope,
             started: Instant::now(),
+            identity: config.store(),
+            settings: config.path.clone(),
         })
     }
 }

@@ -15,7 +15,7 @@ use super::{Listeners, RunError, Running, cannot_start, is_handed_over, mark, sp
 use crate::admission::{Admission, Committing};
 use crate::allocator;
 use crate::budget::Budget;
-use crate::config::{Acceptor as AcceptorKind, Ack, Config, shown_address};
+use crate::config::{Acceptor as AcceptorKind, Ack, Bind, Config, shown_address};
 use crate::control::{self, Control};
 use crate::direct;
 use crate::drain::Drain;
@@ -534,15 +534,28 @@ fn start_control(
         progress: Arc::clone(&stage.progress),
         budget: Budget::new(CONTROL_BYTES_MAX),
     };
-    builtin::Acceptor::start(
-        "control",
-        listener,
-        Arc::new(control),
-        CONTROL_TIMES,
-        control::CONNECTIONS_MAX,
-        &stage.threads,
-    )
-    .map_err(cannot_start("control"))?;
+    let control = Arc::new(control);
+    let start = |name, listener| {
+        let (control, max) = (Arc::clone(&control), control::CONNECTIONS_MAX);
+        builtin::Acceptor::start(name, listener, control, CONTROL_TIMES, max, &stage.threads)
+            .map_err(cannot_start("control"))
+    };
+    start("control", listener)?;
+    if let Some(local) = listen_locally() {
+        start("local", local)?;
+    }
     log::info!(addr:% = address; "serving metrics and health");
     Ok(())
+}
+
+/// The same where a command finds it. Nothing else needs it, so a start does not fail for it.
+fn listen_locally() -> Option<Socket> {
+    let directories = std::env::var_os("RUNTIME_DIRECTORY")?;
+    let directory = std::env::split_paths(&directories).next()?;
+    let bind = Bind::Unix(directory.join(control::SOCKET));
+    let listening = bind.listen();
+    if let Err(error) = &listening {
+        log::warn!(addr:% = bind, error:%; "commands will not find this service by themselves");
+    }
+    listening.ok()
 }

@@ -15,6 +15,8 @@ use std::time::Duration;
 
 use crossbeam_channel::bounded;
 
+use super::instance;
+use crate::app::visited_store;
 use crate::config::{Config, Database};
 use crate::thread::Threads;
 pub use finding::{Finding, Level, to_json, to_text};
@@ -46,18 +48,19 @@ impl Report {
 }
 
 /// Looks at everything that the settings in `path` lead to.
-pub fn run(path: &Path, options: Doctor) -> Report {
+pub fn run(path: Option<&Path>, options: Doctor) -> Report {
     const ABOUT: &str = "settings";
-    let config = match Config::load(path) {
+    let config = match instance::settings(path) {
         Ok(config) => config,
         Err(error) => {
             let mend = "correct it; --check-config shows what is understood";
             return Report {
-                findings: vec![Finding::error(ABOUT, error.to_string(), mend)],
+                findings: vec![Finding::error(ABOUT, error, mend)],
                 is_readable: false,
             };
         }
     };
+    let path = config.path.as_deref().unwrap_or(Path::new(""));
     let mut findings = vec![Finding::ok(ABOUT, format!("{path:?} is understood"))];
     for warning in config.warnings() {
         findings.push(Finding::warning(ABOUT, warning, "leave it out"));
@@ -65,6 +68,7 @@ pub fn run(path: &Path, options: Doctor) -> Report {
     findings.extend(config.exposed().iter().map(settings::exposed));
     findings.extend(settings::findings(&config));
     findings.extend(machine::findings(&config));
+    findings.extend(running(&config));
     match &config.db.database {
         Database::Sqlite(path) => {
             findings.extend(file::findings(
@@ -84,6 +88,25 @@ pub fn run(path: &Path, options: Doctor) -> Report {
         findings,
         is_readable: true,
     }
+}
+
+/// Whether the instance that runs with these settings has the store that they lead to.
+fn running(config: &Config) -> Option<Finding> {
+    const ABOUT: &str = "running instance";
+    let instance = instance::running(config).ok()?;
+    // A store that does not work is told of where it is looked at.
+    let has_it = instance
+        .has_store_of(config, &*visited_store(config))
+        .ok()??;
+    Some(match has_it {
+        true => Finding::ok(ABOUT, "it has the store of these settings"),
+        false => Finding::error(
+            ABOUT,
+            instance.difference(config),
+            "look with the settings that it was started with, environment and credentials included; as \
+             root, without --config and where no config.yaml is, those of a service are found",
+        ),
+    })
 }
 
 /// Does something that knows no time limit; `None` if it takes too long.

@@ -4,6 +4,9 @@ use std::fmt::Write;
 
 use serde_json::json;
 
+use super::Failure;
+use super::instance::{self, OtherStore};
+use crate::app::visited_store;
 use crate::config::{Config, Database, Db};
 use crate::queue::migrate::{Adopted, Step, Version};
 use crate::queue::sqlite::SqliteStore;
@@ -15,6 +18,7 @@ pub struct Migrate {
     /// Only tell what is pending.
     pub status: bool,
     pub json: bool,
+    pub other_store: OtherStore,
 }
 
 /// What to print, and whether the schema is up to date.
@@ -27,8 +31,13 @@ pub struct Outcome {
 /// Applies what is pending, or tells it.
 ///
 /// # Errors
-/// [`StoreError`]; the schema is as it was then.
-pub fn run(config: &Config, options: Migrate) -> Result<Outcome, StoreError> {
+/// [`Failure`]; the schema is as it was then.
+pub fn run(config: &Config, options: Migrate) -> Result<Outcome, Failure> {
+    let _instance = instance::agree(config, &*visited_store(config), options.other_store)?;
+    let is_new = match &config.db.database {
+        Database::Sqlite(path) => !path.try_exists().unwrap_or(true),
+        Database::Postgres(_) => false,
+    };
     let before = version(&config.db)?;
     if options.status {
         return Ok(Outcome {
@@ -40,10 +49,11 @@ pub fn run(config: &Config, options: Migrate) -> Result<Outcome, StoreError> {
         });
     }
     let steps = migrate(&config.db)?;
+    let made = is_new.then(|| config.store().name);
     Ok(Outcome {
         text: match options.json {
-            true => line(&steps_json(before, &steps)),
-            false => told(before, &steps),
+            true => line(&steps_json(before, &steps, made)),
+            false => told(before, &steps, made),
         },
         is_current: true,
     })
@@ -88,11 +98,12 @@ fn status_json(version: Version) -> serde_json::Value {
     json!({ "applied": applied, "pending": pending, "wanted": version.wanted })
 }
 
-fn told(before: Version, steps: &[Step]) -> String {
+fn told(before: Version, steps: &[Step], made: Option<String>) -> String {
     if steps.is_empty() {
         return format!("nothing to do: the schema has version {}\n", before.wanted);
     }
-    let mut text = String::new();
+    let made = made.map(|file| format!("made {file}, an empty queue\n"));
+    let mut text = made.unwrap_or_default();
     for step in steps {
         let _ = write!(text, "applied version {}", step.version);
         if let Some(Adopted { waiting, dead }) = step.adopted {
@@ -106,7 +117,7 @@ fn told(before: Version, steps: &[Step]) -> String {
     text
 }
 
-fn steps_json(before: Version, steps: &[Step]) -> serde_json::Value {
+fn steps_json(before: Version, steps: &[Step], made: Option<String>) -> serde_json::Value {
     let applied: Vec<serde_json::Value> = steps
         .iter()
         .map(|step| {
@@ -116,7 +127,7 @@ fn steps_json(before: Version, steps: &[Step]) -> serde_json::Value {
             json!({ "version": step.version, "taken_over": adopted })
         })
         .collect();
-    json!({ "applied": applied, "version": before.wanted })
+    json!({ "applied": applied, "version": before.wanted, "made": made })
 }
 
 fn line(value: &serde_json::Value) -> String {
@@ -155,11 +166,11 @@ mod tests {
             adopted,
         };
         assert_eq!(
-            told(version(0, 1), &[step]),
+            told(version(0, 1), &[step], None),
             "applied version 1, took over the queue of the Go program: 4 waiting, 1 dead letters\n"
         );
         assert_eq!(
-            told(version(1, 1), &[]),
+            told(version(1, 1), &[], None),
             "nothing to do: the schema has version 1\n"
         );
     }

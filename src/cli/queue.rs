@@ -15,6 +15,7 @@ use std::sync::Arc;
 use lexopt::{Arg, Parser};
 use uuid::Uuid;
 
+use super::instance::{self, OtherStore};
 use super::{Failure, next, text, unexpected, value};
 use crate::app::visited_store;
 use crate::config::Config;
@@ -50,10 +51,11 @@ Filters (all that are given must hold):
   --status N       status of the last attempt; none: it got no answer
 
 Options:
-  --config PATH    settings, in YAML                      [./config.yaml]
+  --config PATH    settings, in YAML [./config.yaml, else those of the service that runs here]
   --limit N        lines of ls, 0 for all                 [50]
   --all            without ids or filter: every request
   --dry-run        only count
+  --other-store    go on though the running instance has another store than these settings
   --json           print JSON: for ls one object a line
   -h, --help       this text
 
@@ -67,6 +69,7 @@ pub struct Queue {
     pub config: Option<PathBuf>,
     verb: Verb,
     is_json: bool,
+    other_store: OtherStore,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,7 +125,13 @@ struct Arguments {
 }
 
 /// The flags, and the verbs that know them.
-const FLAGS: [(&str, &[&str]); 6] = [
+const FLAGS: [(&str, &[&str]); 7] = [
+    (
+        "other-store",
+        &[
+            "status", "ls", "show", "retry", "drop", "bury", "pause", "resume", "export", "import",
+        ],
+    ),
     (
         "json",
         &[
@@ -227,6 +236,10 @@ fn understand(given: Arguments) -> Result<Queue, String> {
     };
     Ok(Queue {
         is_json: has("json"),
+        other_store: match has("other-store") {
+            true => OtherStore::Use,
+            false => OtherStore::Refuse,
+        },
         config: given.config.clone(),
         verb,
     })
@@ -297,8 +310,14 @@ fn parse_id(text: &str) -> Result<Uuid, String> {
 pub fn run(queue: &Queue, config: &Config, output: &mut dyn Write) -> Result<(), Failure> {
     let store: Arc<dyn Operate> = visited_store(config);
     let store = &*store;
+    let instance = instance::agree(config, store, queue.other_store)?;
     match &queue.verb {
-        Verb::Status => state::print(store, config, queue.is_json, output),
+        Verb::Status => state::print(
+            store,
+            instance.map(|found| found.status),
+            queue.is_json,
+            output,
+        ),
         Verb::List { filter, limit } => show::list(store, filter, *limit, queue.is_json, output),
         Verb::Show {
             id,

@@ -8,6 +8,7 @@ pub mod depth;
 pub mod doubts;
 pub mod health;
 pub mod heartbeat;
+pub mod identity;
 pub mod migrate;
 pub mod mover;
 pub mod operate;
@@ -123,6 +124,11 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// Whether other instances may serve it, too: then each has to [`beat`](Store::beat).
     fn is_shared(&self) -> bool {
         false
+    }
+
+    /// The name by which the store knows this instance, if it has one for each.
+    fn instance(&self) -> Option<Uuid> {
+        None
     }
 
     /// Tells the other instances that this one is there. What belongs to one that has not told so

@@ -20,6 +20,14 @@ pub trait Operate: Store {
     /// [`StoreError`].
     fn set_paused(&self, is_paused: bool) -> Result<bool, StoreError>;
 
+    /// Whether it knows an instance by this name (see [`Store::instance`]).
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn has_instance(&self, _name: Uuid) -> Result<bool, StoreError> {
+        Ok(false)
+    }
+
     /// Up to `limit` rows that pass the filter, without their bodies, by id: first those that
     /// wait or are leased, then the dead letters. Begins after the row `after`.
     ///

@@ -396,13 +396,17 @@ impl Store for PostgresStore {
         true
     }
 
+    fn instance(&self) -> Option<Uuid> {
+        Some(self.leases.instance)
+    }
+
     fn beat(&self) -> Result<u64, StoreError> {
         if !self.tell(self.timeout)? {
             return Ok(0);
         }
         let (instance, silence) = (self.leases.instance, self.leases.silence.as_secs_f64());
         self.run(self.timeout, move |session| {
-            let parameters = [(&silence as _, Type::FLOAT8)];
+            let parameters = [(&silence as _, Type::FLOAT8), (&instance as _, Type::UUID)];
             count(&session.query_typed_one(TAKE_OVER, &parameters)?, 0)
         })
     }

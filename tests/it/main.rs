@@ -18,6 +18,7 @@ mod ack;
 mod adopt;
 mod answers;
 mod bench;
+mod beside;
 mod breaker;
 mod cli;
 mod clock;

@@ -56,6 +56,18 @@ fn each(setup: &Setup, line: &str) -> String {
         .collect()
 }
 
+/// A file, if one is made.
+fn file(setup: &Setup) -> Option<String> {
+    let is_file = setup.get("db.connection_string").starts_with("sqlite:");
+    is_file.then(|| format!("sqlite:{}", setup.path("queue.sqlite").display()))
+}
+
+/// What is said of an empty database that is made ready.
+fn made(setup: &Setup) -> String {
+    let file = file(setup).map(|file| format!("made {file}, an empty queue\n"));
+    file.unwrap_or_default() + &each(setup, APPLIED)
+}
+
 #[test]
 fn applies_what_is_pending_once() {
     on_each_store("http://127.0.0.1:1", |setup| {
@@ -64,7 +76,7 @@ fn applies_what_is_pending_once() {
         assert_eq!(run(&setup, &["--status"]), pending);
         assert_eq!(run(&setup, &["--status"]), pending);
         assert!(!setup.path("queue.sqlite").exists());
-        assert_eq!(run(&setup, &[]), printed(0, &each(&setup, APPLIED)));
+        assert_eq!(run(&setup, &[]), printed(0, &made(&setup)));
         let applied = printed(0, &each(&setup, "version {}: applied\n"));
         assert_eq!(run(&setup, &["--status"]), applied);
         let latest = latest(&setup);
@@ -89,7 +101,7 @@ fn says_it_in_json() {
         let steps: Vec<Value> = all.iter().map(step).collect();
         assert_eq!(
             json(&["--json"]),
-            json!({ "applied": steps, "version": latest })
+            json!({ "applied": steps, "version": latest, "made": file(&setup) })
         );
         let applied = json!({ "applied": all, "pending": [], "wanted": latest });
         assert_eq!(json(&["--json", "--status"]), applied);
@@ -174,7 +186,7 @@ fn without_leave_to_migrate_the_program_waits_for_someone_who_does() {
         proxy.accept(0..3);
         wait_until("delivery", || destination.seen().len() == seen_before + 3);
         assert_eq!(run(&setup, &["--status"]).0, 1);
-        assert_eq!(run(&setup, &[]), printed(0, &each(&setup, APPLIED)));
+        assert_eq!(run(&setup, &[]), printed(0, &made(&setup)));
         proxy.wait_for_store();
         wait_until("/readyz to be content", || {
             http::get(proxy.control, "/readyz").text() == "ok\n"

@@ -6,8 +6,6 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::Failure;
-use crate::config::Config;
-use crate::control::ask;
 use crate::printable;
 use crate::queue::Sample;
 use crate::queue::operate::Operate;
@@ -19,11 +17,10 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 pub(super) fn print(
     store: &dyn Operate,
-    config: &Config,
+    instance: Result<Value, String>,
     is_json: bool,
     output: &mut dyn Write,
 ) -> Result<(), Failure> {
-    let instance = ask::status(&config.metrics.bind);
     let mut trend = Trend::default();
     let mut sample = count(store, &mut trend)?;
     if instance.is_err() {
@@ -100,7 +97,7 @@ fn print_instance(instance: &Result<Value, String>, output: &mut dyn Write) -> R
                 ),
             )?;
             line("destination", &working(&instance["destination"], "breaker"))?;
-            line("store", &working(&instance["store"], ""))?;
+            line("store", &store(&instance["store"]))?;
             if let Some(rows) = instance["spool"]["rows"].as_i64() {
                 line("spool", &format!("{rows} requests"))?;
             }
@@ -137,6 +134,15 @@ fn working(part: &Value, state: &str) -> String {
         (Some(fault), None) => printable::line(fault.as_bytes()),
         (None, Some(state)) => format!("breaker {}", printable::line(state.as_bytes())),
         (None, None) => "works".to_owned(),
+    }
+}
+
+fn store(told: &Value) -> String {
+    let works = working(told, "");
+    match &told["name"] {
+        // Of a version that does not tell it.
+        Value::Null => works,
+        name => format!("{}, {works}", plain(name)),
     }
 }
 

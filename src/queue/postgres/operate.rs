@@ -38,6 +38,8 @@ macro_rules! passes_dead {
     };
 }
 
+const HAS_INSTANCE: &str = "SELECT EXISTS (SELECT 1 FROM proxy_instances WHERE id = $1)";
+
 /// Served by the primary key, as all statements here but the counts.
 const LIST: &str = concat!(
     "
@@ -195,6 +197,13 @@ impl Operate for PostgresStore {
         self.run(self.timeout, move |session| {
             let statement = if is_paused { PAUSE } else { RESUME };
             Ok(session.execute_typed(statement, &[])? > 0)
+        })
+    }
+
+    fn has_instance(&self, name: Uuid) -> Result<bool, StoreError> {
+        self.run(self.timeout, move |session| {
+            let row = session.query_typed_one(HAS_INSTANCE, &[(&name, Type::UUID)])?;
+            Ok(row.try_get(0)?)
         })
     }
 
