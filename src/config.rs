@@ -105,7 +105,7 @@ settings! {
     "queue.max_rows" = "0", "a whole number", "stored requests past which new ones that would have to be stored are refused with 503; `0`: no limit";
     "queue.min_free" = "256MiB", "a size", "room on the disk of the SQLite file, or of the spool's, below which new requests that would have to be stored are refused with 503; `0`: no limit";
     "queue.dead_retention" = "30d", "a duration", "time a dead letter is kept, then it is deleted for good; `0`: for ever";
-    "db.connection_string" = "sqlite:asyncproxy.sqlite", "a connection string", "the queue: `sqlite:PATH`, a Postgres URL, or libpq keywords";
+    "db.connection_string" = "sqlite:asyncproxy.sqlite", "a connection string", "the queue: `sqlite:PATH`, a Postgres URL (`%40` for `@` in the password, `%23` for `#`, `%2F` for `/`), or libpq keywords";
     "db.max_connections" = "2", "a whole number", "connections to Postgres";
     "db.use_index" = "true", "true or false", "`false`: rows are claimed as they lie, not the oldest first";
     "db.timeout" = "5s", "a duration", "time for one operation of the store";

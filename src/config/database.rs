@@ -65,6 +65,37 @@ const KNOWN: [&str; 17] = [
     "channel_binding",
 ];
 
+/// Those of libpq and other clients that mean nothing here.
+const IGNORED: [&str; 27] = [
+    "binary_parameters",
+    "client_encoding",
+    "datestyle",
+    "disable_prepared_binary_result",
+    "fallback_application_name",
+    "gssdelegation",
+    "gssencmode",
+    "gsslib",
+    "krbsrvname",
+    "passfile",
+    "replication",
+    "require_auth",
+    "requirepeer",
+    "requiressl",
+    "search_path",
+    "service",
+    "servicefile",
+    "sslcertmode",
+    "sslcompression",
+    "sslcrl",
+    "sslcrldir",
+    "sslinline",
+    "sslpassword",
+    "sslsni",
+    "ssl_max_protocol_version",
+    "ssl_min_protocol_version",
+    "timezone",
+];
+
 const ACCEPTED: &str = "sqlite:PATH, a URL such as postgres://user:password@host/dbname, \
                         or libpq keywords such as host=localhost user=postgres dbname=asyncproxy";
 
@@ -99,6 +130,7 @@ pub(super) fn parse(text: &str, default_user: &str) -> Result<Parsed, String> {
     let mut keywords = Keywords::default();
     let is_url = text.starts_with("postgres://") || text.starts_with("postgresql://");
     let (rewritten, ssl) = if is_url {
+        check_encoding(text)?;
         filter_url(text, &mut keywords)
     } else {
         filter_keywords(text, &mut keywords)?
@@ -182,6 +214,20 @@ fn followed(path: PathBuf) -> PathBuf {
     }
 }
 
+/// Refuses a URL that could be read in two ways: its password would be taken for a host, which is
+/// asked and shown. An `@` stands for itself only before the host.
+fn check_encoding(url: &str) -> Result<(), String> {
+    const MUST_BE: &str = "a URL in which one @ at most, that before the host, and no # stands for itself: \
+        in user, password and all else write %40 for @, %23 for #, %2F for /, %3F for ?, %3A for : and %25 \
+        for %; or libpq keywords with the password in single quotes, which needs no such encoding";
+    let (_, rest) = url.split_once("://").unwrap_or_default();
+    let end = rest.find(['/', '?']).unwrap_or(rest.len());
+    let (authority, after) = rest.split_at(end);
+    let is_clear =
+        authority.matches('@').count() <= 1 && !after.contains('@') && !rest.contains('#');
+    is_clear.then_some(()).ok_or_else(|| MUST_BE.to_owned())
+}
+
 /// Keeps the parameters of a URL that are known; returns `sslmode` and its like apart.
 fn filter_url(text: &str, keywords: &mut Keywords) -> (String, Ssl) {
     let mut ssl = Ssl::default();
@@ -251,9 +297,32 @@ fn keep(key: &str, keywords: &mut Keywords) -> bool {
     keywords.has_target |= key == "target_session_attrs";
     let is_known = KNOWN.contains(&key);
     if !is_known && !key.is_empty() {
-        keywords.ignored.push(key.to_owned());
+        keywords.ignored.push(shown(key));
     }
     is_known
+}
+
+/// The name of a keyword that is ignored. One that nobody knows may be a part of the password: what
+/// follows white space in it, or a `&`.
+fn shown(key: &str) -> String {
+    if IGNORED.contains(&key.to_ascii_lowercase().as_str()) {
+        return key.to_owned();
+    }
+    let names = KNOWN
+        .into_iter()
+        .chain(["sslmode", "sslrootcert", "sslcert", "sslkey"]);
+    let near = names
+        .map(|name| (strsim::damerau_levenshtein(name, key), name))
+        .min()
+        .filter(|(distance, _)| *distance <= 2);
+    match near {
+        Some((_, name)) => format!("a keyword that is not known (did you mean {name}?)"),
+        None => {
+            "a keyword that is not known, and not shown, as it may be of the password: in libpq \
+                 keywords put that in single quotes, in a URL write %26 for &"
+                .to_owned()
+        }
+    }
 }
 
 /// Reads one value as libpq does: bare up to white space, or in single quotes, with backslash
@@ -371,6 +440,73 @@ mod tests {
             Some(3)
         );
         assert_eq!(ignored, ["binary_parameters"]);
+    }
+
+    #[test]
+    fn a_url_that_can_be_read_in_two_ways_is_refused_without_a_part_of_it() {
+        for password in [
+            "p@ss",
+            "p@ss/w#rd",
+            "pa/ss@x",
+            "pa?ss@",
+            "12?ss",
+            "12/ss",
+            "pa#ss",
+            "@",
+            "@@",
+            "a:b@c",
+            "[::1]@",
+        ] {
+            for url in [
+                format!("postgres://alice:{password}@host:5432/orders?sslmode=disable"),
+                format!("postgresql://{password}:secret@host/orders"),
+                format!("postgres://alice:{password}@host"),
+            ] {
+                let error = parse(&url, "me").map(|_| ()).unwrap_err();
+                assert!(error.contains("%40 for @"), "{url}: {error}");
+                for part in ["ss", "alice", "host:", "12", "[::1]", "w#rd", "orders"] {
+                    let shown = error.replace("password", "").replace("pass", "");
+                    assert!(!shown.contains(part), "{url}, {part}: {error}");
+                }
+            }
+        }
+        let encoded = "postgres://alice:p%40ss%2Fw%23rd%3F%3A%25@host/orders?options=%40";
+        let (config, _) = postgres(encoded);
+        assert_eq!(config.get_password(), Some(&b"p@ss/w#rd?:%"[..]));
+        assert_eq!(config.get_hosts(), [Host::Tcp("host".into())]);
+        // No password, several hosts, a socket's directory.
+        for url in [
+            "postgres://host/orders",
+            "postgres://a:1,b:2/orders",
+            "postgres://u@%2Frun/n",
+            "postgres:///n",
+        ] {
+            postgres(url);
+        }
+    }
+
+    #[test]
+    fn an_ignored_keyword_is_named_only_if_it_is_no_part_of_a_password() {
+        for (text, named) in [
+            ("password=my secret=hush host=a", None),
+            ("postgres://u:p@h/d?password=a&hush=1", None),
+            ("host=a sslmod=require", Some("sslmode")),
+            ("host=a hots=b", Some("host")),
+            ("host=a sslcrl=x", Some("sslcrl")),
+            ("host=a TimeZone=UTC", Some("TimeZone")),
+        ] {
+            let (_, ignored) = postgres(text);
+            let [told] = ignored.as_slice() else {
+                panic!("{text}: {ignored:?}")
+            };
+            match named {
+                Some(name) => assert!(told.contains(name), "{text}: {told}"),
+                None => assert!(
+                    !told.contains("secret") && !told.contains("hush"),
+                    "{text}: {told}"
+                ),
+            }
+        }
     }
 
     #[test]

@@ -91,3 +91,32 @@ fn a_failing_connection_shows_no_password_whatever_the_way_in() {
         proxy.stop();
     }
 }
+
+/// A password that is not encoded would be taken for a host, asked for and shown.
+#[test]
+fn a_url_that_can_be_read_in_two_ways_is_refused_and_shown_nowhere() {
+    for url in [
+        "postgres://ann:p@hush/w#hush@127.0.0.1:1/hush",
+        "postgres://ann:12/hush@127.0.0.1/hush",
+        "postgres://ann:hush?hush@127.0.0.1:1/hush",
+    ] {
+        let quoted = format!("'{url}'");
+        let setup = Setup::new("http://127.0.0.1:1").set("db.connection_string", quoted);
+        for arguments in [
+            &["doctor"][..],
+            &["doctor", "--json"],
+            &["migrate"],
+            &["queue", "status"],
+            &["--check-config"],
+            &[],
+        ] {
+            let output = setup.command().args(arguments).output().unwrap();
+            let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+            assert!(said.contains("%40 for @"), "{arguments:?}: {said}");
+            for part in ["hush", "ann", "12"] {
+                assert!(!said.contains(part), "{arguments:?}: {said}");
+            }
+        }
+    }
+}
