@@ -238,6 +238,10 @@ fn status_tells_what_waits_and_why() {
     assert_eq!(first["destination"]["breaker"], "closed");
     assert_eq!(first["store"]["fault"], serde_json::Value::Null);
     assert_eq!(first["spool"], serde_json::Value::Null);
+    // What arrives is counted from the first count on.
+    wait_until("a count", || {
+        status()["queue"]["counted_seconds_ago"].is_number()
+    });
     proxy.accept(0..3);
     wait_until("/status with all that waits", || {
         let status = status();
