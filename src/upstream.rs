@@ -17,6 +17,7 @@ mod tls;
 mod transport;
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -90,6 +91,17 @@ impl Upstream {
             request_timeout,
             successor: Arc::default(),
         }
+    }
+
+    /// Connects, for TLS with the handshake, and sends nothing. Returns the address that accepted.
+    ///
+    /// # Errors
+    /// Why it cannot be reached, in a few words.
+    pub fn reach(&self) -> Result<SocketAddr, String> {
+        let deadline = Instant::now().checked_add(self.request_timeout);
+        let connected = self.connect.connect(&self.resolver, deadline);
+        let line = connected.map_err(|error| describe(&error))?;
+        Ok(line.socket().address())
     }
 
     /// From their next request on, all clients of this one are clients of `newer`.
