@@ -330,6 +330,8 @@ impl Running {
         intake
             .body_bytes_max
             .store(server.max_body_size, Ordering::Relaxed);
+        let manners = newer.manners().to_bits();
+        intake.manners.store(manners, Ordering::Relaxed);
         intake.budget.set_limit(server.memory_limit);
         self.health.depth.set_max(queue.max_rows);
         self.drain.metrics.set_rows_max(queue.max_rows);
@@ -346,7 +348,8 @@ impl Running {
         destination.set_failures_max(newer.proxy.breaker_failures);
         let is_moved = older.proxy.remote_url != newer.proxy.remote_url;
         // Certificates may be new ones in the same files.
-        if is_moved || newer.proxy.tls.is_some() {
+        let has_other_host = older.proxy.preserve_host != newer.proxy.preserve_host;
+        if is_moved || has_other_host || newer.proxy.tls.is_some() {
             let timeout = started.proxy.request_timeout;
             tunables.upstream.replace(upstream(newer, timeout));
         }

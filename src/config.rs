@@ -27,6 +27,7 @@ use crate::machine;
 use crate::queue::identity::Identity;
 use crate::queue::migrate::Policy;
 use crate::regular_file;
+use crate::request::{Manners, Proto};
 use crate::settle::RetryPolicy;
 use crate::tls::ClientConfig;
 use raw::Raw;
@@ -83,10 +84,12 @@ settings! {
     "server.idle_timeout" = "60s", "a duration", "time a connection may be idle between requests (builtin only)";
     "server.max_body_size" = "10MiB", "a size", "larger bodies are refused with 413";
     "server.memory_limit" = "auto", "auto or a size", "requests held in memory, over all stages; past three quarters all are stored, past it they are refused with 503; `auto`: a quarter of the memory there is, from 16MiB to 256MiB";
+    "server.forwarded_proto" = "http", "http or https", "`X-Forwarded-Proto` of requests that come without one: `https` where TLS ends before us";
     "metrics.bind" = ":8081", "an address", "where metrics and health are served, as `server.bind`";
     "metrics.path" = "/metrics", "a path", "path of the metrics";
     "metrics.max_paths" = "50", "a whole number", "distinct `path` labels; the rest is `other`";
     "proxy.remote_url" = "http://localhost:5000", "a URL", "the destination; a path in it is put before each target";
+    "proxy.preserve_host" = "false", "true or false", "`true`: the destination gets the `Host` that came in, not its own";
     "proxy.request_timeout" = "120s", "a duration", "time for one attempt, from connecting to the end of the answer";
     "proxy.num_clients" = "700", "a whole number", "threads that deliver direct requests, and how many more may wait for them";
     "proxy.breaker_failures" = "10", "a whole number", "connections in a row that fail, or a twentieth of the different requests in a row that get no answer, after which only probes are sent; `0`: never";
@@ -172,6 +175,7 @@ pub struct Config {
 #[derive(Debug)]
 pub struct Server {
     pub bind: Bind,
+    pub forwarded_proto: Proto,
     pub response_status: u16,
     pub shutdown_timeout: Duration,
     pub enqueue_enabled: bool,
@@ -217,6 +221,7 @@ pub struct Proxy {
     pub num_clients: usize,
     /// 0: none.
     pub breaker_failures: u32,
+    pub preserve_host: bool,
     /// For an https destination.
     pub tls: Option<Arc<ClientConfig>>,
 }
@@ -329,6 +334,7 @@ impl Config {
                 breaker_failures: raw.get("proxy.breaker_failures", |text| {
                     values::integer(text, 0, 1_000_000)
                 })?,
+                preserve_host: raw.get("proxy.preserve_host", values::boolean)?,
                 tls: ssl::destination(&raw, &mut warnings)?,
             },
             queue: queue(&raw)?,
@@ -415,6 +421,14 @@ impl Config {
         }
         if let Some(path) = &mut self.db.spool {
             *path = directory.join(&*path);
+        }
+    }
+
+    /// What the destination is told of senders.
+    pub fn manners(&self) -> Manners {
+        Manners {
+            proto: self.server.forwarded_proto,
+            preserves_host: self.proxy.preserve_host,
         }
     }
 
@@ -535,6 +549,11 @@ fn server(raw: &Raw) -> Result<Server, ConfigError> {
         read_timeout: raw.get("server.read_timeout", values::positive_duration)?,
         idle_timeout: raw.get("server.idle_timeout", values::positive_duration)?,
         max_body_size: raw.get("server.max_body_size", values::body_size)?,
+        forwarded_proto: raw.get("server.forwarded_proto", |text| match text {
+            "http" => Ok(Proto::Http),
+            "https" => Ok(Proto::Https),
+            _ => Err("http or https".to_owned()),
+        })?,
         memory_limit: raw.get("server.memory_limit", |text| {
             values::memory_limit(text, machine::memory)
         })?,

@@ -69,6 +69,50 @@ pub struct Peer<'a> {
     pub is_10: bool,
     /// What the request is marked with as having come through here.
     pub mark: Option<Mark>,
+    /// What is passed on beside what a proxy in front of us says.
+    pub manners: Manners,
+}
+
+/// What the settings say of what a destination is told.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Manners {
+    /// The sender's protocol, unless a proxy in front of us tells it.
+    pub proto: Proto,
+    /// `Host` is sent on as it came in.
+    pub preserves_host: bool,
+}
+
+impl Manners {
+    pub fn to_bits(self) -> u8 {
+        u8::from(self.proto == Proto::Https) | u8::from(self.preserves_host) << 1
+    }
+
+    pub fn from_bits(bits: u8) -> Manners {
+        Manners {
+            proto: match bits & 1 {
+                0 => Proto::Http,
+                _ => Proto::Https,
+            },
+            preserves_host: bits & 2 != 0,
+        }
+    }
+}
+
+/// The protocol that a sender speaks, with us or with what ends TLS before us.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Proto {
+    #[default]
+    Http,
+    Https,
+}
+
+impl Proto {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Proto::Http => "http",
+            Proto::Https => "https",
+        }
+    }
 }
 
 /// Why a request can never be sent on.

@@ -34,6 +34,7 @@ use crate::tls::ClientConfig;
 use buffers::Pool;
 use connect::Connect;
 use exchange::{Answered, Unanswered};
+pub use head::Host;
 use resolver::CachingResolver;
 use transport::Line;
 
@@ -53,6 +54,7 @@ const TEXT_BYTES_MAX: u64 = 64 * 1024;
 #[derive(Debug, Clone)]
 pub struct Upstream {
     remote: RemoteUrl,
+    host: Host,
     request_timeout: Duration,
     resolver: CachingResolver,
     connect: Arc<Connect>,
@@ -88,9 +90,16 @@ impl Upstream {
             resolver: CachingResolver::new(&uri),
             connect: Arc::new(connect),
             remote,
+            host: Host::Own,
             request_timeout,
             successor: Arc::default(),
         }
+    }
+
+    /// With another `Host` than the destination's own.
+    #[must_use]
+    pub fn with_host(self, host: Host) -> Upstream {
+        Upstream { host, ..self }
     }
 
     /// Connects, for TLS with the handshake, and sends nothing. Returns the address that accepted.
@@ -179,7 +188,12 @@ impl Client {
     pub fn send_as(&mut self, id: Uuid, request: &Request, attempt: u32) -> Outcome {
         self.follow();
         let started = Instant::now();
-        let head = match head::write(&self.upstream.remote, id, request, attempt) {
+        let head = match head::write(
+            (&self.upstream.remote, self.upstream.host),
+            id,
+            request,
+            attempt,
+        ) {
             Ok(head) => head,
             Err(why) => return Outcome::Unsendable(why),
         };

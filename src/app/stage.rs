@@ -27,7 +27,7 @@ use crate::queue::sqlite::SqliteStore;
 use crate::settle::RETRY_AFTER_MAX;
 use crate::status::Status;
 use crate::thread::Threads;
-use crate::upstream::Upstream;
+use crate::upstream::{Host, Upstream};
 
 /// Beyond the longest pause: two clocks may differ by that.
 const PAUSE_MARGIN: Duration = Duration::from_secs(60);
@@ -122,7 +122,11 @@ impl Tunables {
 
 pub(super) fn upstream(config: &Config, request_timeout: Duration) -> Upstream {
     let proxy = &config.proxy;
-    Upstream::new(proxy.remote_url.clone(), request_timeout, proxy.tls.clone())
+    let host = match proxy.preserve_host {
+        true => Host::Preserved,
+        false => Host::Own,
+    };
+    Upstream::new(proxy.remote_url.clone(), request_timeout, proxy.tls.clone()).with_host(host)
 }
 
 /// What the stages of the pipeline share.

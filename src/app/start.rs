@@ -2,7 +2,7 @@
 //! else that can fail. Should a step fail all the same when rows may be leased or senders answered
 //! already, what was taken on is drained as at any stop.
 
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicUsize};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
@@ -448,6 +448,7 @@ fn new_intake(
         metrics: Arc::clone(&stage.metrics),
         budget: Arc::clone(&stage.budget),
         response_status: AtomicU16::new(server.response_status),
+        manners: AtomicU8::new(config.manners().to_bits()),
         mark: AtomicU32::new(mark(&server.bind, &config.proxy.remote_url).to_bits()),
         body_bytes_max: AtomicUsize::new(server.max_body_size),
         draining: Arc::new(AtomicBool::new(false)),

@@ -332,7 +332,7 @@ pub fn run(queue: &Queue, config: &Config, output: &mut dyn Write) -> Result<(),
             match form {
                 Form::Text => shown.print(queue.is_json, output),
                 Form::Body => shown.print_body(store, output),
-                Form::Curl => shown.print_curl(store, &config.proxy.remote_url, output),
+                Form::Curl => shown.print_curl(store, &config.proxy, output),
             }
         }
         Verb::Act {

@@ -7,13 +7,13 @@ pub mod tiny_http;
 
 use std::borrow::Cow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use crate::admission::{Admission, Admitted};
 use crate::budget::{Budget, Permit};
 use crate::metrics::{Busy, Metrics};
-use crate::request::{Invalid, Mark, Peer, Request, path_of};
+use crate::request::{Invalid, Manners, Mark, Peer, Request, path_of};
 
 /// What every acceptor needs.
 #[derive(Debug)]
@@ -26,6 +26,8 @@ pub struct Intake {
     pub body_bytes_max: AtomicUsize,
     /// The bits of the [`Mark`] that requests get here.
     pub mark: AtomicU32,
+    /// The bits of the [`Manners`] that they get here.
+    pub manners: AtomicU8,
     /// Set when no more requests shall come in on open connections.
     pub draining: Arc<AtomicBool>,
 }
@@ -151,8 +153,13 @@ impl Intake {
         self.draining.load(Ordering::SeqCst)
     }
 
-    fn mark(&self) -> Mark {
-        Mark::from_bits(self.mark.load(Ordering::Relaxed))
+    /// What a destination is told, but for what came in.
+    fn here(&self) -> Peer<'static> {
+        Peer {
+            mark: Some(Mark::from_bits(self.mark.load(Ordering::Relaxed))),
+            manners: Manners::from_bits(self.manners.load(Ordering::Relaxed)),
+            ..Peer::default()
+        }
     }
 
     /// What the sender of a request is told that was admitted or not, so long after its head.
@@ -191,13 +198,13 @@ impl Intake {
 }
 
 impl builtin::Received<'_> {
-    fn record(self, mark: Mark) -> Result<(Request, Permit), Invalid> {
+    fn record(self, here: Peer<'static>) -> Result<(Request, Permit), Invalid> {
         let head = self.head;
         let peer = Peer {
             ip: self.peer,
             host: head.host,
             is_10: !head.is_11,
-            mark: Some(mark),
+            ..here
         };
         let fields = head.fields.iter().map(|field| (field.name, field.value));
         let now = SystemTime::now();
@@ -220,7 +227,7 @@ impl builtin::Service for Intake {
         let started = received.started;
         let path = self.metrics.path(path_of(received.head.target), started);
         path.requests.inc();
-        let answer = match received.record(self.mark()) {
+        let answer = match received.record(self.here()) {
             Err(why) => self.refuse(Answer::Invalid(why)),
             Ok((request, permit)) => {
                 let admitted = self.admission.admit(request, permit);
@@ -238,7 +245,7 @@ impl builtin::Service for Intake {
     fn serve_quickly(&self, received: builtin::Received<'_>) -> Option<Answer> {
         let started = received.started;
         let path = self.metrics.path(path_of(received.head.target), started);
-        let (request, permit) = received.record(self.mark()).ok()?;
+        let (request, permit) = received.record(self.here()).ok()?;
         let admitted = self.admission.admit_quickly(request, permit)?;
         let took = started.elapsed();
         path.requests.inc();

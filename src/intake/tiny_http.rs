@@ -119,7 +119,7 @@ impl Acceptor {
             ip: request.remote_addr().map(std::net::SocketAddr::ip),
             host: find(request, "Host").map(str::as_bytes),
             is_10: *request.http_version() <= HTTPVersion(1, 0),
-            mark: Some(self.intake.mark()),
+            ..self.intake.here()
         };
         if peer.host.is_some_and(|host| !is_authority(host)) {
             return self.intake.refuse(Answer::Malformed("malformed Host"));

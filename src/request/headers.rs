@@ -2,13 +2,13 @@
 //! they are kept.
 //!
 //! [`Headers`] never holds a field that must not be forwarded, wherever its fields are from: a
-//! sender, a store's row, or a line of an import.
+//! sender, a store's row, or a line of an import. `Host` may stand first, and goes its own way.
 
 use std::fmt;
 
 use memchr::memchr;
 
-use super::{Invalid, Peer};
+use super::{Invalid, Peer, is_authority};
 
 /// Most field lines of one request: those that the intake takes (100), and what is added to them.
 pub const LINES_MAX: usize = 128;
@@ -36,6 +36,9 @@ const NEVER_FORWARDED: [&str; 12] = [
     "proxy-authenticate",
     "proxy",
 ];
+
+/// The first field, if it is kept.
+const HOST: &str = "Host";
 
 /// All of ours begin so: [`super::ID_HEADER`], [`super::ATTEMPT_HEADER`], and those to come.
 const OWN_PREFIX: &str = "x-asyncproxy-";
@@ -152,12 +155,57 @@ impl Headers {
             headers.append("X-Forwarded-Host", host)?;
         }
         if !has_forwarded_proto {
-            headers.append("X-Forwarded-Proto", b"http")?;
+            let proto = peer.manners.proto.as_str();
+            headers.append("X-Forwarded-Proto", proto.as_bytes())?;
         }
         if let Some(mark) = peer.mark {
             headers.append("Via", &mark.value(peer.is_10))?;
         }
+        if let (Some(host), true) = (peer.host, peer.manners.preserves_host && has_forwarded_host) {
+            // Else it stands in the field that was added.
+            headers.keep_host(host)?;
+        }
         Ok(headers)
+    }
+
+    /// Keeps what came in as `Host` apart from what a proxy says it was: before all else.
+    fn keep_host(&mut self, host: &[u8]) -> Result<(), Invalid> {
+        let others = std::mem::take(self);
+        self.append(HOST, host)?;
+        let (block, lines) = (others.block, others.lines);
+        if self.lines + lines > LINES_MAX || self.block.len() + block.len() > BLOCK_BYTES_MAX {
+            return Err(Invalid::Fields);
+        }
+        self.block.extend_from_slice(&block);
+        self.lines += lines;
+        Ok(())
+    }
+
+    /// What came in as `Host`, as far as it was kept.
+    pub fn host(&self) -> Option<&[u8]> {
+        let (_, kept) = self.parts();
+        let mut told = self
+            .iter()
+            .filter(|(name, _)| fate(name) == Fate::ForwardedHost);
+        let told = told
+            .next()
+            .map(|(_, value)| value)
+            .filter(|_| told.next().is_none());
+        kept.or(told)
+            .filter(|host| !host.is_empty() && is_authority(host))
+    }
+
+    /// All but `Host`, which depends on the destination, as it is sent.
+    pub fn to_send(&self) -> &[u8] {
+        self.parts().0
+    }
+
+    /// The fields that are sent as they are, and what is kept of `Host`.
+    fn parts(&self) -> (&[u8], Option<&[u8]>) {
+        match split_line(&self.block) {
+            Some((HOST, host, rest)) => (rest, Some(host)),
+            _ => (&self.block, None),
+        }
     }
 
     /// Takes back fields that were recorded once, from wherever they were kept. What must never
@@ -174,8 +222,10 @@ impl Headers {
         }
         let hop = connection_options(fields.clone())?;
         let mut headers = Headers::default();
-        for (name, value) in fields {
-            if !is_listed(name, &hop) {
+        for (number, (name, value)) in fields.enumerate() {
+            if number == 0 && name == HOST {
+                headers.append(name, value)?;
+            } else if !is_listed(name, &hop) {
                 headers.push(name, value)?;
             }
         }
@@ -228,7 +278,7 @@ impl Headers {
         while !rest.is_empty() {
             let (name, value, after) = split_line(rest).ok_or(Invalid::Header)?;
             check_field(name, value)?;
-            is_clean &= fate(name) != Fate::Drop;
+            is_clean &= fate(name) != Fate::Drop || (lines == 0 && name == HOST);
             lines += 1;
             if lines > LINES_MAX {
                 return Err(Invalid::Fields);

@@ -5,6 +5,15 @@ use uuid::Uuid;
 use crate::config::RemoteUrl;
 use crate::request::{ATTEMPT_HEADER, ID_HEADER, Request};
 
+/// Which `Host` is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Host {
+    /// The destination's own.
+    Own,
+    /// The one that came in.
+    Preserved,
+}
+
 /// The head of attempt number `attempt` of `request`, under `id`.
 ///
 /// # Errors
@@ -14,7 +23,7 @@ use crate::request::{ATTEMPT_HEADER, ID_HEADER, Request};
 /// Out of line: what it takes of the stack, all workers that wait for an answer would have as well.
 #[inline(never)]
 pub(super) fn write(
-    remote: &RemoteUrl,
+    (remote, host): (&RemoteUrl, Host),
     id: Uuid,
     request: &Request,
     attempt: u32,
@@ -31,6 +40,12 @@ pub(super) fn write(
         "{ID_HEADER}: {}\r\n{ATTEMPT_HEADER}: {attempt}\r\n\r\n",
         id.hyphenated().encode_lower(&mut id_text)
     );
+    let own = remote.authority.as_str().as_bytes();
+    let host = match host {
+        Host::Own => own,
+        // HTTP/1.0 needs none.
+        Host::Preserved => request.headers.host().unwrap_or(own),
+    };
     Ok([
         request.method.as_bytes(),
         b" ",
@@ -39,9 +54,9 @@ pub(super) fn write(
         b" HTTP/1.1\r\n",
         length.as_bytes(),
         b"host: ",
-        remote.authority.as_str().as_bytes(),
+        host,
         b"\r\n",
-        request.headers.as_bytes(),
+        request.headers.to_send(),
         ours.as_bytes(),
     ]
     .concat())

@@ -400,7 +400,7 @@ fn a_head_is_written_as_it_was_recorded() {
             body: body.into(),
             ..request(method, 0)
         };
-        let head = head::write(&remote, recorded.id, &recorded, 3).unwrap();
+        let head = head::write((&remote, Host::Own), recorded.id, &recorded, 3).unwrap();
         let expected = format!(
             "{method} /base/hook HTTP/1.1\r\n{length}host: h.example:81\r\n\
              X-B: 1\r\nx-a: \r\nX-B: 2\r\n\

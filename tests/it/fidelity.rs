@@ -2,7 +2,8 @@
 
 use crate::support::destination::{Answer, Destination, Seen};
 use crate::support::http::{self, Connection};
-use crate::support::proxy::{PATIENCE, Setup};
+use crate::support::process::Process;
+use crate::support::proxy::{PATIENCE, Proxy, Setup};
 use crate::support::route::{Route, on_routes};
 
 /// What the program adds for a sender on this machine.
@@ -468,4 +469,105 @@ fn a_sender_that_expects_to_continue_is_told_to() {
     // Nothing is expected here: no interim answer is waited for.
     connection.send(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: ,\r\nContent-Length: 4\r\n\r\nbody");
     assert_eq!(connection.interim().expect("an answer"), 200);
+}
+
+/// What a destination that computes a signature over the URL has to know: the host that was asked
+/// for and the protocol, also where a proxy in front, or TLS that ends there, says something else.
+fn the_host_and_the_protocol_are_those_of_the_sender_if_asked_for(route: Route) {
+    for acceptor in ["builtin", "tiny_http"] {
+        let destination = Destination::start();
+        let own = destination.address.to_string();
+        let setup = route.to(&destination).set("server.acceptor", acceptor);
+        let mut count = 0;
+        for (preserve, proto) in [(false, "http"), (true, "https")] {
+            let setup = &setup;
+            let mut command = setup.command();
+            command.env("PROXY_PRESERVE_HOST", preserve.to_string());
+            command.env("SERVER_FORWARDED_PROTO", proto);
+            let proxy = Proxy::of(Process::spawn(&mut command));
+            let mut send = |request: &str| {
+                assert_eq!(proxy.send(request.as_bytes()).status, 200, "{request}");
+                count += 1;
+                let seen = destination.wait_for(count, PATIENCE).swap_remove(count - 1);
+                let told = |name| seen.field(name).unwrap_or_default().to_owned();
+                (
+                    told("host"),
+                    told("x-forwarded-host"),
+                    told("x-forwarded-proto"),
+                )
+            };
+            let host = |sent: &str| match preserve {
+                true => sent.to_owned(),
+                false => own.clone(),
+            };
+            let expect = |host: String, forwarded: &str, proto: &str| {
+                (host, forwarded.to_owned(), proto.to_owned())
+            };
+            assert_eq!(
+                send("GET /a HTTP/1.1\r\nHost: hooks.example:8443\r\n\r\n"),
+                expect(host("hooks.example:8443"), "hooks.example:8443", proto),
+            );
+            // What a proxy in front says is passed on, and is not what came in.
+            assert_eq!(
+                send(
+                    "GET /b HTTP/1.1\r\nHost: inner\r\nX-Forwarded-Host: outer\r\n\
+                     X-Forwarded-Proto: wss\r\n\r\n"
+                ),
+                expect(host("inner"), "outer", "wss"),
+            );
+            // Without one there is nothing to preserve.
+            assert_eq!(
+                send("GET /c HTTP/1.0\r\n\r\n"),
+                expect(own.clone(), "", proto)
+            );
+            proxy.stop();
+        }
+    }
+}
+on_routes!(the_host_and_the_protocol_are_those_of_the_sender_if_asked_for: direct Direct, sqlite Sqlite, postgres Postgres, first SqliteFirst);
+
+/// What was stored before the settings changed is sent as they are by then.
+#[test]
+fn a_stored_request_is_sent_with_the_host_that_is_asked_for_by_then() {
+    let mut destination = Destination::down();
+    let own = destination.address.to_string();
+    let setup = Setup::new(&destination.url())
+        .set("server.enqueue_rate", 0)
+        .set("proxy.preserve_host", true)
+        .set("queue.backoff_max", "1s")
+        .set("queue.backoff_min", "1s");
+    let proxy = setup.start();
+    for target in ["/a", "/b"] {
+        let request =
+            format!("GET {target} HTTP/1.1\r\nHost: inner\r\nX-Forwarded-Host: outer\r\n\r\n");
+        assert_eq!(proxy.send(request.as_bytes()).status, 200);
+    }
+    let curl = |setup: &Setup| {
+        let ls = setup.command().args(["queue", "ls", "--json"]).output();
+        let ls = String::from_utf8(ls.unwrap().stdout).unwrap();
+        let first: serde_json::Value = serde_json::from_str(ls.lines().next().unwrap()).unwrap();
+        let id = first["id"].as_str().unwrap().to_owned();
+        let shown = setup
+            .command()
+            .args(["queue", "show", &id, "--curl"])
+            .output();
+        String::from_utf8(shown.unwrap().stdout).unwrap()
+    };
+    assert!(
+        curl(&setup).contains("--header 'Host: inner'"),
+        "{}",
+        curl(&setup)
+    );
+    let setup = setup.set("proxy.preserve_host", false);
+    setup.write();
+    assert!(!curl(&setup).contains("Host: inner"), "{}", curl(&setup));
+    proxy.sighup();
+    proxy.wait_for_log("key=proxy.preserve_host");
+    proxy.wait_for_log("settings reloaded");
+    destination.open();
+    for seen in destination.wait_for(2, PATIENCE) {
+        assert_eq!(seen.field("host"), Some(&*own));
+        assert_eq!(seen.field("x-forwarded-host"), Some("outer"));
+    }
+    proxy.stop();
 }

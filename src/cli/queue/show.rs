@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::credentials::{REDACTED, is_credential, redacted};
 use super::{Failure, curl};
-use crate::config::RemoteUrl;
+use crate::config::Proxy;
 use crate::printable;
 use crate::queue::BATCH_ROWS_MAX;
 use crate::queue::operate::{Filter, Operate, Row, State};
@@ -214,7 +214,7 @@ impl Shown<'_> {
     pub(super) fn print_curl(
         &self,
         store: &dyn Operate,
-        remote: &RemoteUrl,
+        proxy: &Proxy,
         output: &mut dyn Write,
     ) -> Result<(), Failure> {
         let (Some(method), Some(target)) = (&self.row.method, &self.row.target) else {
@@ -227,11 +227,20 @@ impl Shown<'_> {
             true => target.clone(),
             false => redacted(target),
         };
+        let remote = &proxy.remote_url;
         let url = format!(
             "{}://{}{}{target}",
             remote.scheme, remote.authority, remote.path_prefix
         );
         let mut headers = self.headers();
+        // As it would be sent, or curl takes it from the URL.
+        headers.retain(|(name, _)| name != "Host");
+        let kept = Headers::from_bytes(self.row.headers.clone().unwrap_or_default());
+        if proxy.preserve_host
+            && let Some(host) = kept.ok().as_ref().and_then(Headers::host)
+        {
+            headers.insert(0, ("Host".to_owned(), host.to_vec()));
+        }
         headers.push((
             crate::request::ID_HEADER.to_owned(),
             self.row.id.to_string().into_bytes(),

@@ -1,7 +1,7 @@
 //! What is passed on, by its name and whatever way it comes.
 
 use super::*;
-use crate::request::Mark;
+use crate::request::{Manners, Mark};
 
 fn pairs<'a>(
     fields: &'a [(&'a str, &'a str)],
@@ -256,4 +256,61 @@ fn a_block_survives_a_store_and_damage_is_told() {
             "{damaged:?}"
         );
     }
+}
+
+#[test]
+fn the_host_that_came_in_is_kept_where_it_is_asked_for_and_nowhere_else() {
+    let peer = |host, preserves_host| Peer {
+        host: Some(host),
+        manners: Manners {
+            preserves_host,
+            ..Manners::default()
+        },
+        ..Peer::default()
+    };
+    let plain = pairs(&[("X-Kept", "1"), ("Host", "b")]);
+    let behind = pairs(&[("X-Forwarded-Host", "outer"), ("Host", "b")]);
+    let evil = pairs(&[("X-Forwarded-Host", "a b")]);
+    let forwarded = |fields: Vec<(&str, &[u8])>, host, preserves| {
+        Headers::forwarded(fields.into_iter(), peer(host, preserves)).unwrap()
+    };
+    for (fields, host, preserves, names_kept, expected) in [
+        (
+            plain.clone().collect(),
+            &b"b"[..],
+            false,
+            3,
+            Some(&b"b"[..]),
+        ),
+        (plain.collect(), b"b", true, 3, Some(b"b")),
+        (behind.clone().collect(), b"b", false, 2, Some(b"outer")),
+        (behind.clone().collect(), b"b", true, 3, Some(b"b")),
+        (evil.clone().collect(), b"b", false, 2, None),
+        (evil.collect(), b"b:1", true, 3, Some(b"b:1")),
+        (Vec::new(), b"", true, 2, None),
+    ] {
+        let headers = forwarded(fields, host, preserves);
+        assert_eq!(headers.host(), expected, "{headers:?}");
+        assert_eq!(headers.iter().count(), names_kept, "{headers:?}");
+        assert!(!headers.to_send().starts_with(b"Host"), "{headers:?}");
+        // Through a store, and through an export.
+        let block = headers.as_bytes().to_vec();
+        assert_eq!(Headers::from_bytes(block), Ok(headers.clone()));
+        assert_eq!(Headers::restored(headers.iter()), Ok(headers));
+    }
+    // Only as the first, and in our spelling: whoever wrote the row.
+    for block in [
+        "A: 1\r\nHost: b\r\n",
+        "host: b\r\n",
+        "HOST: b\r\nA: 1\r\n",
+        "Host: a\r\nHost: b\r\n",
+    ] {
+        let headers = Headers::from_bytes(block.as_bytes().to_vec()).unwrap();
+        let sent = String::from_utf8_lossy(headers.to_send()).to_ascii_lowercase();
+        assert!(!sent.contains("host"), "{block:?}: {sent}");
+    }
+    // With it there is no more room than without.
+    let many = vec![("X-Forwarded-Host", &b"a"[..]); LINES_MAX - 1];
+    let full = Headers::forwarded(many.into_iter(), peer(b"b", true));
+    assert_eq!(full, Err(Invalid::Fields));
 }
