@@ -54,6 +54,7 @@ pub fn serve(acceptor: &str, bind: &str) -> SocketAddr {
         metrics,
         budget: Budget::new(4 << 30),
         response_status: 200.into(),
+        manners: 0.into(),
         mark: 0.into(),
         body_bytes_max: (10 << 20).into(),
         draining: Arc::new(AtomicBool::new(false)),
