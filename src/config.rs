@@ -5,6 +5,7 @@ mod address;
 mod database;
 mod files;
 pub mod own;
+mod place;
 mod raw;
 mod secrets;
 mod ssl;
@@ -272,7 +273,10 @@ impl Config {
     /// # Errors
     /// One line that says what is wrong and what is accepted.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        Config::load_with(path, &|name| std::env::var(name).ok())
+        let mut config = Config::load_with(path, &|name| std::env::var(name).ok())?;
+        let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+        config.warnings.extend(raw::strange_variables(names));
+        Ok(config)
     }
 
     /// Reads a file, and the environment of whoever it is for: `env` looks up a variable.
@@ -291,9 +295,7 @@ impl Config {
                     "{path:?}: cannot read the settings: {error}; {hint}"
                 ))
             })?;
-        let raw =
-            Raw::read(&yaml, env).map_err(|error| ConfigError(format!("{path:?}: {error}")))?;
-        Config::understand(raw, Some(path), env)
+        Config::understand(Raw::read(&yaml, Some(path), env)?, Some(path), env)
     }
 
     /// Understands settings; `env` looks up an environment variable.
@@ -304,7 +306,7 @@ impl Config {
         yaml: &str,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Config, ConfigError> {
-        Config::understand(Raw::read(yaml, env)?, None, env)
+        Config::understand(Raw::read(yaml, None, env)?, None, env)
     }
 
     /// `path` is the file that the YAML is from.

@@ -209,6 +209,14 @@ fn take_over(name: Option<&str>) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// What a host and a port alone were probably to be. Nothing else is quoted: it may hold a password.
+fn without_scheme(text: &str) -> Option<String> {
+    let (host, port) = text.split_once(':').unwrap_or((text, ""));
+    let is_host = !host.is_empty() && host.bytes().all(is_host_byte);
+    let is_port = port.bytes().all(|byte| byte.is_ascii_digit());
+    (is_host && is_port && !text.ends_with(':')).then(|| format!("http://{text}"))
+}
+
 /// `proxy.remote_url`, taken apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RemoteUrl {
@@ -224,6 +232,9 @@ impl RemoteUrl {
     pub fn parse(text: &str) -> Result<RemoteUrl, String> {
         const ACCEPTED: &str = "a URL such as http://localhost:5000 or https://host/path, \
                                 without credentials, query and fragment";
+        if let Some(meant) = without_scheme(text) {
+            return Err(format!("{ACCEPTED}; did you mean {meant}?"));
+        }
         let uri = Uri::try_from(text).map_err(|_| ACCEPTED)?;
         let parts = uri.into_parts();
         let (Some(scheme), Some(authority)) = (parts.scheme, parts.authority) else {

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use serde_yaml::Value;
 
+use super::place::{lines_of, not_yaml};
 use super::{SETTINGS, Setting, files};
+use crate::printable;
 
 /// What is wrong with the settings, in one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,13 +28,38 @@ fn quoted(text: &str) -> String {
     format!("{shown:?}")
 }
 
+/// Longer names of environment variables are nobody's of ours.
+const ENV_BYTES_MAX: usize = 64;
+
 /// Shown in place of what may be a secret.
 const SENSITIVE: &str = "<sensitive>";
 
 /// All settings, each with its text and, but for the YAML file, where it came from.
 pub(super) struct Raw {
     texts: BTreeMap<&'static str, (String, Option<Source>)>,
+    file: Yaml,
     warnings: Vec<String>,
+}
+
+/// The YAML file.
+#[derive(Default)]
+struct Yaml {
+    path: Option<PathBuf>,
+    /// The settings in it, and on which line each stands, if that can be told.
+    lines: BTreeMap<&'static str, Option<usize>>,
+}
+
+impl Yaml {
+    /// An error of something in it.
+    fn error(&self, line: Option<usize>, what: &str) -> ConfigError {
+        let path = self.path.as_ref().map(|path| format!("{path:?}"));
+        let line = line.map(|line| format!("line {line}"));
+        let place: Vec<String> = path.into_iter().chain(line).collect();
+        match place.as_slice() {
+            [] => ConfigError(what.to_owned()),
+            place => ConfigError(format!("{}: {what}", place.join(", "))),
+        }
+    }
 }
 
 struct Source {
@@ -50,9 +77,11 @@ impl fmt::Debug for Raw {
 }
 
 impl Raw {
-    /// `env` looks up an environment variable; an empty one counts as unset.
+    /// `path` is that of the YAML; `env` looks up an environment variable, and an empty one counts as
+    /// unset.
     pub(super) fn read(
         yaml: &str,
+        path: Option<&Path>,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Raw, ConfigError> {
         let mut raw = Raw {
@@ -60,6 +89,10 @@ impl Raw {
                 .iter()
                 .map(|setting| (setting.key, (setting.default.to_owned(), None)))
                 .collect(),
+            file: Yaml {
+                path: path.map(Path::to_owned),
+                ..Yaml::default()
+            },
             warnings: Vec::new(),
         };
         raw.take_yaml(yaml)?;
@@ -143,43 +176,53 @@ impl Raw {
     }
 
     fn take_yaml(&mut self, yaml: &str) -> Result<(), ConfigError> {
-        let root: Value = serde_yaml::from_str(yaml)
-            .map_err(|error| ConfigError(format!("not YAML: {}", one_line(&error.to_string()))))?;
+        let root: Value = serde_yaml::from_str(yaml).map_err(|error| {
+            let what = not_yaml(yaml, &error.to_string());
+            let what = printable::line(what.as_bytes());
+            // It names the line itself.
+            let error = self.file.error(None, &what);
+            ConfigError(error.0.replacen(": line ", ", line ", 1))
+        })?;
         let sections = match root {
             Value::Null => return Ok(()),
             Value::Mapping(sections) => sections,
             _ => {
-                return Err(ConfigError(
-                    "must hold sections such as server: and queue:".into(),
-                ));
+                let what = "must hold sections such as server: and queue:";
+                return Err(self.file.error(None, what));
             }
         };
         for (section, settings) in sections {
             let section = scalar(&section).unwrap_or_default();
+            let line = lines_of(yaml, &section, None).first().copied();
             let is_known = SETTINGS.iter().any(|setting| setting.section() == section);
             if !is_known {
-                return Err(unknown(&section));
+                return Err(self.file.error(line, &unknown(&section)));
             }
             match settings {
                 Value::Null => {}
                 Value::Mapping(settings) => {
                     for (name, value) in settings {
-                        let key = format!("{section}.{}", scalar(&name).unwrap_or_default());
-                        self.take_value(&key, &value)?;
+                        let name = scalar(&name).unwrap_or_default();
+                        let line = lines_of(yaml, &section, Some(&name)).first().copied();
+                        self.take_value(&format!("{section}.{name}"), &value, line)?;
                     }
                 }
                 _ => {
-                    return Err(ConfigError(format!(
-                        "{section}: must hold settings, one a line"
-                    )));
+                    let what = format!("{section}: must hold settings, one a line");
+                    return Err(self.file.error(line, &what));
                 }
             }
         }
         Ok(())
     }
 
-    fn take_value(&mut self, key: &str, value: &Value) -> Result<(), ConfigError> {
-        let setting = find(key).ok_or_else(|| unknown(key))?;
+    fn take_value(
+        &mut self,
+        key: &str,
+        value: &Value,
+        line: Option<usize>,
+    ) -> Result<(), ConfigError> {
+        let setting = find(key).ok_or_else(|| self.file.error(line, &unknown(key)))?;
         let text = match value {
             // Nothing after the colon: as if the line were not there.
             Value::Null => return Ok(()),
@@ -190,9 +233,12 @@ impl Raw {
                 .map(|texts| texts.join(", ")),
             value => scalar(value),
         };
-        let text =
-            text.ok_or_else(|| ConfigError(format!("{key}: must be {}", setting.accepts)))?;
+        let text = text.ok_or_else(|| {
+            let what = format!("{key}: must be {}", setting.accepts);
+            self.file.error(line, &what)
+        })?;
         self.texts.insert(setting.key, (text, None));
+        self.file.lines.insert(setting.key, line);
         Ok(())
     }
 
@@ -256,7 +302,10 @@ impl Raw {
     pub(super) fn error(&self, key: &str, what: &str) -> ConfigError {
         match self.texts.get(key) {
             Some((_, Some(source))) => ConfigError(format!("{key} (from {}): {what}", source.name)),
-            _ => ConfigError(format!("{key}: {what}")),
+            _ => match self.file.lines.get(key) {
+                Some(line) => self.file.error(*line, &format!("{key}: {what}")),
+                None => ConfigError(format!("{key}: {what}")),
+            },
         }
     }
 }
@@ -274,10 +323,23 @@ fn scalar(value: &Value) -> Option<String> {
     }
 }
 
-/// An error for a section or key that is not there, with the one that was probably meant.
-fn unknown(key: &str) -> ConfigError {
-    let nearest = nearest(key);
-    ConfigError(format!("{}: no such setting{nearest}", one_line(key)))
+/// What is wrong with a section or key that is not there, and which one was probably meant.
+fn unknown(key: &str) -> String {
+    format!("{}: no such setting{}", one_line(key), meant(key))
+}
+
+/// The settings of that name in another place, or else the one whose name is nearest.
+fn meant(key: &str) -> String {
+    let name = key.rsplit('.').next().unwrap_or_default();
+    let elsewhere: Vec<&str> = SETTINGS
+        .iter()
+        .filter(|setting| setting.key.split('.').nth(1) == Some(name))
+        .map(|setting| setting.key)
+        .collect();
+    match elsewhere.as_slice() {
+        [] => nearest(key),
+        keys => format!("; did you mean {}, each in its section?", keys.join(" or ")),
+    }
 }
 
 fn nearest(key: &str) -> String {
@@ -287,9 +349,41 @@ fn nearest(key: &str) -> String {
     names
         .map(|name| (strsim::damerau_levenshtein(name, key), name))
         .min()
-        .filter(|(distance, _)| *distance <= 3)
+        // Of short names all are near each other.
+        .filter(|(distance, name)| *distance <= 3 && *distance < name.len())
         .map(|(_, name)| format!("; did you mean {name}?"))
         .unwrap_or_default()
+}
+
+/// Warnings of environment variables that look as if they were to be settings and are none. Others'
+/// may begin alike: only what is very near to a name is told, and no value ever.
+pub(super) fn strange_variables(names: impl Iterator<Item = String>) -> Vec<String> {
+    let ours: Vec<String> = SETTINGS
+        .iter()
+        .flat_map(|setting| [setting.env(), format!("{}_FILE", setting.env())])
+        .collect();
+    let is_candidate = |name: &String| {
+        name.contains('_')
+            && name != "LOG_COLOR"
+            && name.len() <= ENV_BYTES_MAX
+            && !ours.contains(name)
+    };
+    let mut warnings: Vec<String> = names
+        .filter(is_candidate)
+        .filter_map(|name| {
+            let distance = |own: &String| (strsim::damerau_levenshtein(own, &name), own.clone());
+            let (distance, own) = ours.iter().map(distance).min()?;
+            let is_near = distance <= (own.len() / 4).min(3);
+            is_near.then(|| {
+                format!(
+                    "environment variable {}: no such setting; did you mean {own}?",
+                    one_line(&name)
+                )
+            })
+        })
+        .collect();
+    warnings.sort();
+    warnings
 }
 
 fn one_line(text: &str) -> String {

@@ -209,7 +209,7 @@ fn errors_name_the_setting_the_value_and_what_is_accepted() {
         ("server: 5", &["server", "settings"]),
         ("- a", &["sections"]),
         ("a: b: c", &["not YAML"]),
-        ("server:\n  bind: :1\n  bind: :2", &["not YAML", "bind"]),
+        ("server:\n  bind: :1\n  bind: :2", &["line 3", "server.bind", "line 2"]),
         (
             "db: {connection_string: 'host=h', spool: spool.sqlite}",
             &["db.spool", "empty or sqlite:PATH", "spool.sqlite"],
@@ -392,7 +392,7 @@ fn a_secret_that_everybody_may_read_is_named_and_no_other() {
             let pair = env.iter().find(|(key, _)| *key == name);
             pair.map(|(_, path)| path.to_str().unwrap().to_owned())
         };
-        let raw = Raw::read(&std::fs::read_to_string(path).unwrap(), &env).unwrap();
+        let raw = Raw::read(&std::fs::read_to_string(path).unwrap(), None, &env).unwrap();
         let config = Config::understand(raw, Some(path), &env).unwrap();
         let said = config.all_warnings().join(" ");
         assert!(!said.contains("hush"), "{said}");

@@ -301,6 +301,97 @@ fn a_file_that_cannot_be_read_is_named() {
     error_line(&stderr);
 }
 
+/// What one who writes YAML by hand gets wrong is told with its place.
+#[test]
+fn what_is_wrong_in_a_file_is_named_with_its_line() {
+    let setup = Setup::empty();
+    for (text, parts) in [
+        ("server:\n\tbind: :80\n", &["line 2", "tab"][..]),
+        (
+            "server:\n  bind: :80\nqueue:\nserver:\n",
+            &["line 4", "server", "line 1"],
+        ),
+        (
+            "server:\n  bind: :80\n  bind: :81\n",
+            &["line 3", "server.bind", "line 2"],
+        ),
+        ("server:\n  ack: @x\n", &["line 2", "not YAML"]),
+        ("bind: :80\n", &["line 1", "server.bind or metrics.bind"]),
+        (
+            "server:\n  workers: 3\n",
+            &["line 2", "server.workers", "queue.workers"],
+        ),
+        (
+            "server:\n  bnid: :80\n",
+            &["line 2", "did you mean server.bind?"],
+        ),
+        ("log:\n  level: info\nserver: 5\n", &["line 3", "server"]),
+        (
+            "server:\n\n  bind: {a: b}\n",
+            &["line 3", "server.bind", "must be"],
+        ),
+        (
+            "queue:\n  # Threads.\n  workers: none\n",
+            &["line 3", "queue.workers", "\"none\""],
+        ),
+        (
+            "proxy:\n  remote_url: localhost:5000\n",
+            &["line 2", "http://localhost:5000"],
+        ),
+        ("server: {bind: '80'}\n", &["server.bind", "host:port"]),
+        (
+            "server:\n  bind: \"a\\e[31m\"\n",
+            &["line 2", "server.bind"],
+        ),
+    ] {
+        std::fs::write(setup.path("bad.yaml"), text).expect("write");
+        let (status, _, stderr) = run(&setup, &["--config", "bad.yaml", "--check-config"]);
+        assert_eq!(status, 2, "{text:?}: {stderr}");
+        let line = error_line(&stderr);
+        assert!(!line.contains('\u{1b}'), "{line:?}");
+        for part in ["bad.yaml"].iter().chain(parts) {
+            assert!(line.contains(part), "{text:?}, {part}: {line}");
+        }
+    }
+}
+
+#[test]
+fn variables_that_are_nearly_ours_are_warned_of_without_their_value() {
+    let setup = to_nowhere()
+        .env("SERVER_BINDS", "hush")
+        .env("DB_CONNECTION_STRING_FLE", "hush")
+        .env("SEVER_BIND", "hush")
+        .env("PROXY_REMOTE_URI", "hush");
+    // Others' that only begin alike, and ours.
+    let setup = setup
+        .env("DB_HOST", "hush")
+        .env("LOG_DIR", "hush")
+        .env("QUEUE_URL", "hush")
+        .env("SERVER_SOFTWARE", "hush")
+        .env("PROXY_HOST", "hush")
+        .env("HTTP_PROXY", "hush")
+        .env("LOG_COLOR", "false")
+        .env("SERVER_RESPONSE_STATUS", "201");
+    let (status, _, stderr) = run(&setup, &["--check-config"]);
+    assert_eq!(status, 0, "{stderr}");
+    assert!(!stderr.contains("hush"), "{stderr}");
+    let warned: Vec<&str> = stderr.lines().collect();
+    let expected = [
+        ("DB_CONNECTION_STRING_FLE", "DB_CONNECTION_STRING_FILE"),
+        ("PROXY_REMOTE_URI", "PROXY_REMOTE_URL"),
+        ("SERVER_BINDS", "SERVER_BIND"),
+        ("SEVER_BIND", "SERVER_BIND"),
+    ];
+    assert_eq!(warned.len(), expected.len(), "{stderr}");
+    for (line, (name, meant)) in warned.iter().zip(expected) {
+        let part = format!("{name}: no such setting; did you mean {meant}?");
+        assert!(line.contains(&part), "{line}");
+    }
+    let proxy = setup.start();
+    proxy.wait_for_log("did you mean SERVER_BIND?");
+    proxy.stop();
+}
+
 #[test]
 fn the_environment_overrides_the_file() {
     let destination = Destination::start();
