@@ -20,7 +20,9 @@ use signal_hook::iterator::Signals;
 use socket2::Socket;
 
 use crate::config::own::{self, Listener, OwnAddress};
-use crate::config::{Bind, Change, Config, ConfigError, RemoteUrl, shown_address};
+use crate::config::{
+    Acceptor, Bind, Change, Config, ConfigError, Listening, RemoteUrl, handed_over, shown_address,
+};
 use crate::descriptors;
 use crate::drain::Drain;
 use crate::intake::Intake;
@@ -46,6 +48,8 @@ pub enum RunError {
         setting: &'static str,
         address: String,
         error: io::Error,
+        /// What helps, if anything can be said about it.
+        advice: Option<String>,
     },
     /// The destination is one of our own listeners.
     Own(OwnAddress),
@@ -66,7 +70,14 @@ impl fmt::Display for RunError {
                 setting,
                 address,
                 error,
-            } => write!(f, "{setting}: cannot listen on {address}: {error}"),
+                advice,
+            } => {
+                write!(f, "{setting}: cannot listen on {address}: {error}")?;
+                match advice {
+                    None => Ok(()),
+                    Some(advice) => write!(f, ": {advice}"),
+                }
+            }
             RunError::Own(own) => own.fmt(f),
             RunError::Start { what, error } => write!(f, "cannot start {what}: {error}"),
             RunError::Thread(name) => write!(f, "thread {name} ended unexpectedly"),
@@ -120,17 +131,16 @@ impl App {
     /// # Errors
     /// [`RunError`].
     pub fn start(config: Config, threads: Threads, stop: Receiver<i32>) -> Result<App, RunError> {
-        let listener = listen("server.bind", &config.server.bind)?;
-        let control_listener = listen("metrics.bind", &config.metrics.bind)?;
+        let (intake, control) = listen_on_both(&config)?;
         let own = [
-            Listener::of_socket("server.bind", &listener),
-            Listener::of_socket("metrics.bind", &control_listener),
+            Listener::of_socket("server.bind", &intake.socket),
+            Listener::of_socket("metrics.bind", &control.socket),
         ];
         own::check(&config.proxy.remote_url, &own).map_err(RunError::Own)?;
-        let address = shown_address(&listener).map_err(cannot_start("intake"))?;
+        let address = shown_address(&intake.socket).map_err(cannot_start("intake"))?;
         let listeners = Listeners {
-            intake: listener,
-            control: control_listener,
+            intake,
+            control: control.socket,
             max_connections: descriptors::raise_limit(&config),
         };
         Ok(App {
@@ -161,8 +171,7 @@ impl App {
         };
         let settings = self.settings();
         let timeout = settings.server.shutdown_timeout;
-        let is_handed_over = is_handed_over(&self.started);
-        let (lost, closed) = self.running.drain(timeout, is_handed_over);
+        let (lost, closed) = self.running.drain(timeout);
         match (ended, lost, closed) {
             (_, 1.., _) => Err(RunError::Lost(lost)),
             (_, 0, Err(error)) => Err(RunError::Store(error)),
@@ -261,22 +270,39 @@ fn mark(bind: &Bind, remote: &RemoteUrl) -> Mark {
     Mark::of(&[&host, &bind.to_string(), &remote])
 }
 
-fn listen(setting: &'static str, bind: &Bind) -> Result<Socket, RunError> {
+/// For senders, and for metrics and health. What systemd handed over for neither is told of, whether
+/// that went well or not.
+fn listen_on_both(config: &Config) -> Result<(Listening, Listening), RunError> {
+    let server = &config.server;
+    let intake = match (server.acceptor, server.bind.itself()) {
+        // It can take over none of systemd's.
+        (Acceptor::TinyHttp, Some(itself)) => itself,
+        _ => &server.bind,
+    };
+    let intake = listen("server.bind", intake);
+    let control = listen("metrics.bind", &config.metrics.bind);
+    for left in handed_over::left() {
+        log::warn!(
+            "systemd handed over the socket {left}, which is not taken: nobody answers there. \
+             server.bind or metrics.bind takes it with systemd:{}",
+            left.name
+        );
+    }
+    Ok((intake?, control?))
+}
+
+fn listen(setting: &'static str, bind: &Bind) -> Result<Listening, RunError> {
     bind.listen().map_err(|error| RunError::Listen {
         setting,
         address: bind.to_string(),
+        advice: handed_over::advice(setting, bind, &error),
         error,
     })
 }
 
-/// Whether senders are listened for on a socket that outlives the program.
-fn is_handed_over(config: &Config) -> bool {
-    matches!(config.server.bind, Bind::Systemd(_))
-}
-
 /// The sockets that are listened on, though nobody accepts on them yet.
 struct Listeners {
-    intake: Socket,
+    intake: Listening,
     control: Socket,
     /// Of the intake.
     max_connections: usize,
@@ -362,14 +388,14 @@ impl Running {
 
     /// Stops in order: no new connections, no new claims, workers through, the rest stored.
     /// Returns how many acknowledged requests are lost, and whether the store has kept its own.
-    fn drain(self, timeout: Duration, is_handed_over: bool) -> (u64, Result<(), StoreError>) {
+    fn drain(self, timeout: Duration) -> (u64, Result<(), StoreError>) {
         let deadline = Instant::now() + timeout;
         if let Some(notifier) = &self.notifier {
             notifier.stopping();
         }
         self.intake.draining.store(true, Ordering::SeqCst);
         if let Some(accepting) = &self.accepting {
-            accepting.stop(is_handed_over);
+            accepting.stop();
         }
         drop(self.claiming);
         self.threads.wait_for("poller", deadline);

@@ -4,6 +4,7 @@
 mod address;
 mod database;
 mod files;
+pub mod handed_over;
 pub mod own;
 mod place;
 mod raw;
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use address::{Bind, RemoteUrl, shown_address};
+pub use address::{Bind, Listening, RemoteUrl, shown_address};
 pub use database::{Database, PostgresServer};
 pub use raw::ConfigError;
 pub use secrets::ExposedSecret;
@@ -72,8 +73,8 @@ macro_rules! settings {
 }
 
 settings! {
-    "server.bind" = ":8080", "an address",
-        "where to listen: `host:port`, `:port` for all addresses, `unix:/path`, `systemd` or `systemd:NAME`";
+    "server.bind" = "systemd:http,:8080", "an address",
+        "where to listen: `host:port`, `:port` for all addresses, `unix:/path`, `systemd` or `systemd:NAME`; `systemd:NAME,ADDRESS`: at ADDRESS when systemd hands over no such socket";
     "server.response_status" = "200", "a status", "status that acknowledges a request (200 to 599)";
     "server.shutdown_timeout" = "30s", "a duration", "time workers get to finish at a shutdown; what is left then is stored";
     "server.enqueue_enabled" = "true", "true or false", "`false`: nothing is stored before it was tried once";
@@ -86,7 +87,7 @@ settings! {
     "server.max_body_size" = "10MiB", "a size", "larger bodies are refused with 413";
     "server.memory_limit" = "auto", "auto or a size", "requests held in memory, over all stages; past three quarters all are stored, past it they are refused with 503; `auto`: a quarter of the memory there is, from 16MiB to 256MiB";
     "server.forwarded_proto" = "http", "http or https", "`X-Forwarded-Proto` of requests that come without one: `https` where TLS ends before us";
-    "metrics.bind" = ":8081", "an address", "where metrics and health are served, as `server.bind`";
+    "metrics.bind" = "systemd:metrics,:8081", "an address", "where metrics and health are served, as `server.bind`";
     "metrics.path" = "/metrics", "a path", "path of the metrics";
     "metrics.max_paths" = "50", "a whole number", "distinct `path` labels; the rest is `other`";
     "proxy.remote_url" = "http://localhost:5000", "a URL", "the destination; a path in it is put before each target";
@@ -385,14 +386,12 @@ impl Config {
             ));
         }
         if server.acceptor == Acceptor::TinyHttp
-            && !matches!(server.bind, Bind::All(_) | Bind::Host(..))
+            && !matches!(server.bind.itself(), Some(Bind::All(_) | Bind::Host(..)))
         {
             let what = "must be host:port or :port with server.acceptor tiny_http";
             return Err(raw.error("server.bind", what));
         }
-        if server.bind == self.metrics.bind
-            && !matches!(server.bind, Bind::All(0) | Bind::Host(_, 0))
-        {
+        if server.bind.clashes_with(&self.metrics.bind) {
             return Err(raw.error("metrics.bind", "must be another address than server.bind"));
         }
         Ok(())

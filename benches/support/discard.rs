@@ -59,7 +59,7 @@ pub fn serve(acceptor: &str, bind: &str) -> SocketAddr {
         body_bytes_max: (10 << 20).into(),
         draining: Arc::new(AtomicBool::new(false)),
     });
-    let listener = Bind::parse(bind).unwrap().listen().unwrap();
+    let listener = Bind::parse(bind).unwrap().listen().unwrap().socket;
     let address = listener.local_addr().unwrap().as_socket().unwrap();
     let times = Times {
         request: Duration::from_secs(5),

@@ -11,11 +11,11 @@ use prometheus::IntGauge;
 use socket2::Socket;
 
 use super::stage::Stage;
-use super::{Listeners, RunError, Running, cannot_start, is_handed_over, mark, spawn};
+use super::{Listeners, RunError, Running, cannot_start, mark, spawn};
 use crate::admission::{Admission, Committing};
 use crate::allocator;
 use crate::budget::Budget;
-use crate::config::{Acceptor as AcceptorKind, Ack, Bind, Config, shown_address};
+use crate::config::{Acceptor as AcceptorKind, Ack, Bind, Config, Listening, shown_address};
 use crate::control::{self, Control};
 use crate::direct;
 use crate::drain::Drain;
@@ -48,17 +48,23 @@ const CONTROL_TIMES: builtin::Times = builtin::Times {
 
 /// The acceptor that the settings name.
 pub(super) enum Accepting {
-    Builtin(Arc<builtin::Acceptor<Intake>>),
+    Builtin {
+        acceptor: Arc<builtin::Acceptor<Intake>>,
+        /// The socket is systemd's: it outlives the program, which must not end its listening.
+        is_handed_over: bool,
+    },
     TinyHttp(Arc<tiny_http::Acceptor>),
 }
 
 impl Accepting {
-    /// A socket of systemd's outlives the program, which must not end its listening.
-    pub(super) fn stop(&self, is_handed_over: bool) {
+    pub(super) fn stop(&self) {
         match self {
-            Accepting::Builtin(acceptor) if is_handed_over => acceptor.leave(),
-            Accepting::Builtin(acceptor) => acceptor.close(),
-            // Never gets one of these.
+            Accepting::Builtin {
+                acceptor,
+                is_handed_over: true,
+            } => acceptor.leave(),
+            Accepting::Builtin { acceptor, .. } => acceptor.close(),
+            // Never gets a socket of systemd's.
             Accepting::TinyHttp(acceptor) => acceptor.stop_accepting(),
         }
     }
@@ -66,7 +72,7 @@ impl Accepting {
     /// Senders' connections that are open. tiny_http does not tell, and is not waited for.
     pub(super) fn connections(&self) -> usize {
         match self {
-            Accepting::Builtin(acceptor) => acceptor.connections(),
+            Accepting::Builtin { acceptor, .. } => acceptor.connections(),
             Accepting::TinyHttp(_) => 0,
         }
     }
@@ -160,7 +166,7 @@ impl Running {
             }
             Err(error) => {
                 log::error!(error:%; "the start failed, stopping");
-                match self.drain(config.server.shutdown_timeout, is_handed_over(config)) {
+                match self.drain(config.server.shutdown_timeout) {
                     (lost @ 1.., _) => Err(RunError::Lost(lost)),
                     (0, Err(damaged)) => Err(RunError::Store(damaged)),
                     (0, Ok(())) => Err(error),
@@ -459,11 +465,15 @@ fn new_intake(
 fn start_intake(
     stage: &Stage,
     config: &Config,
-    listener: Socket,
+    listening: Listening,
     max_connections: usize,
     intake: &Arc<Intake>,
 ) -> Result<Accepting, RunError> {
-    let address = shown_address(&listener).map_err(cannot_start("intake"))?;
+    let Listening {
+        socket,
+        is_handed_over,
+    } = listening;
+    let address = shown_address(&socket).map_err(cannot_start("intake"))?;
     let server = &config.server;
     let accepting = match server.acceptor {
         AcceptorKind::Builtin => {
@@ -473,7 +483,7 @@ fn start_intake(
             };
             let acceptor = builtin::Acceptor::start(
                 "intake",
-                listener,
+                socket,
                 Arc::clone(intake),
                 times,
                 max_connections,
@@ -483,10 +493,13 @@ fn start_intake(
             stage
                 .progress
                 .watch("intake", acceptor.stage(), INTAKE_LIMIT, || Around::Nothing);
-            Accepting::Builtin(acceptor)
+            Accepting::Builtin {
+                acceptor,
+                is_handed_over,
+            }
         }
         AcceptorKind::TinyHttp => {
-            Accepting::TinyHttp(start_tiny_http(&stage.threads, listener, intake)?)
+            Accepting::TinyHttp(start_tiny_http(&stage.threads, socket, intake)?)
         }
     };
     log::info!(addr:% = address; "listening");
@@ -558,5 +571,5 @@ fn listen_locally() -> Option<Socket> {
     if let Err(error) = &listening {
         log::warn!(addr:% = bind, error:%; "commands will not find this service by themselves");
     }
-    listening.ok()
+    listening.ok().map(|listening| listening.socket)
 }

@@ -60,7 +60,8 @@ impl Service for Seen {
 fn listening() -> (Socket, SocketAddr) {
     let socket = Bind::Host(Ipv4Addr::LOCALHOST.to_string(), 0)
         .listen()
-        .unwrap();
+        .unwrap()
+        .socket;
     let address = socket.local_addr().unwrap().as_socket().unwrap();
     (socket, address)
 }
@@ -162,7 +163,10 @@ fn start_and_stop(acceptor: &str, threads: usize) -> bool {
     let mut expected = fill(directory.path());
     let (intake, address) = listening();
     let listeners = Listeners {
-        intake,
+        intake: Listening {
+            socket: intake,
+            is_handed_over: false,
+        },
         control: listening().0,
         max_connections: 64,
     };
@@ -175,8 +179,7 @@ fn start_and_stop(acceptor: &str, threads: usize) -> bool {
         let (_signal, signals) = bounded(1);
         let threads = Threads::of_at_most(threads);
         let started = Running::start(&config, (threads, signals), listeners);
-        let started =
-            started.map(|running| assert_eq!(running.drain(PATIENCE, false), (0, Ok(()))));
+        let started = started.map(|running| assert_eq!(running.drain(PATIENCE), (0, Ok(()))));
         is_over.store(true, Ordering::SeqCst);
         let sent = senders.into_iter().map(|sender| sender.join().unwrap());
         (started, sent.flatten().collect::<Targets>())

@@ -29,7 +29,7 @@ const PRINTED_BYTES_MAX: usize = 4096;
 /// # Errors
 /// The system's, when the address cannot be listened on.
 pub fn run(sink: &Sink) -> io::Result<()> {
-    let listener = sink.bind.listen()?;
+    let listener = sink.bind.listen()?.socket;
     print(&format!("listening on {}\n", shown_address(&listener)?));
     let threads = Threads::default();
     let printer = Arc::new(Printer {

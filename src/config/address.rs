@@ -6,12 +6,11 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{LazyLock, Mutex, PoisonError};
 
 use http::uri::{Authority, Scheme, Uri};
-use listenfd::ListenFd;
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use super::handed_over;
 use crate::regular_file::kind_of;
 use crate::upstream;
 
@@ -27,29 +26,38 @@ pub enum Bind {
     Host(String, u16),
     /// `unix:/path`.
     Unix(PathBuf),
-    /// The socket systemd hands over: the first, or the one that `FileDescriptorName=` gives
-    /// this name.
-    Systemd(Option<String>),
+    /// `systemd` or `systemd:NAME`, and perhaps `,` and one of the others.
+    Systemd {
+        /// The one that `FileDescriptorName=` gives this name of the sockets that systemd hands over;
+        /// or the first.
+        name: Option<String>,
+        /// Where to listen when there is no such socket; none of systemd's itself.
+        otherwise: Option<Box<Bind>>,
+    },
+}
+
+/// A socket that is listened on.
+#[derive(Debug)]
+pub struct Listening {
+    pub socket: Socket,
+    /// It outlives the program, which must not end its listening.
+    pub is_handed_over: bool,
 }
 
 impl Bind {
     /// # Errors
     /// What it must be.
     pub fn parse(text: &str) -> Result<Bind, String> {
-        const ACCEPTED: &str =
-            "host:port, :port for all addresses, unix:/path, systemd or systemd:NAME";
+        const ACCEPTED: &str = "host:port, :port for all addresses, unix:/path, systemd, systemd:NAME, or both as in \
+             systemd:NAME,:8080";
         if let Some(path) = text.strip_prefix("unix:") {
             return match Path::new(path).is_absolute() {
                 true => Ok(Bind::Unix(path.into())),
                 false => Err(ACCEPTED.into()),
             };
         }
-        if let Some(name) = text.strip_prefix("systemd") {
-            return match name.strip_prefix(':') {
-                None if name.is_empty() => Ok(Bind::Systemd(None)),
-                Some(name) if !name.is_empty() => Ok(Bind::Systemd(Some(name.into()))),
-                _ => Err(ACCEPTED.into()),
-            };
+        if let Some(rest) = text.strip_prefix("systemd") {
+            return parse_systemd(rest).ok_or_else(|| ACCEPTED.into());
         }
         let (host, port) = text.rsplit_once(':').ok_or(ACCEPTED)?;
         let port = port
@@ -68,12 +76,64 @@ impl Bind {
         }
     }
 
+    /// Where it listens itself, if it does: not on a socket of systemd's.
+    pub fn itself(&self) -> Option<&Bind> {
+        match self {
+            Bind::Systemd { otherwise, .. } => otherwise.as_deref(),
+            itself => Some(itself),
+        }
+    }
+
+    /// Of TCP.
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Bind::All(port) | Bind::Host(_, port) => Some(*port),
+            Bind::Unix(_) | Bind::Systemd { .. } => None,
+        }
+    }
+
+    /// Whether both would take the same socket, as far as can be told from how they are written.
+    pub fn clashes_with(&self, other: &Bind) -> bool {
+        let is_same_name = match (self, other) {
+            (Bind::Systemd { name, .. }, Bind::Systemd { name: other, .. }) => name == other,
+            _ => false,
+        };
+        let is_same_address = match (self.itself(), other.itself()) {
+            // Of port 0 there is one for each.
+            (Some(one), Some(other)) => one == other && one.port() != Some(0),
+            _ => false,
+        };
+        is_same_name || is_same_address
+    }
+
     /// Listens.
     ///
     /// # Errors
-    /// The system's, for the last of the addresses tried.
-    pub fn listen(&self) -> io::Result<Socket> {
-        match self {
+    /// The system's, for the last of the addresses tried; `NotFound` if systemd handed over no such
+    /// socket and there is nothing else.
+    pub fn listen(&self) -> io::Result<Listening> {
+        let (name, otherwise) = match self {
+            Bind::Systemd { name, otherwise } => (name, otherwise),
+            itself => return itself.listen_itself(),
+        };
+        match (handed_over::take(name.as_deref())?, otherwise) {
+            (Some(socket), _) => Ok(Listening {
+                socket,
+                is_handed_over: true,
+            }),
+            (None, Some(otherwise)) => otherwise.listen_itself(),
+            (None, None) => {
+                let what = match name {
+                    None => "systemd handed over no socket",
+                    Some(_) => "systemd handed over no socket of this name",
+                };
+                Err(io::Error::new(io::ErrorKind::NotFound, what))
+            }
+        }
+    }
+
+    fn listen_itself(&self) -> io::Result<Listening> {
+        let socket = match self {
             Bind::All(port) => listen_tcp((Ipv6Addr::UNSPECIFIED, *port).into())
                 // A machine without IPv6.
                 .or_else(|_| listen_tcp((Ipv4Addr::UNSPECIFIED, *port).into())),
@@ -91,9 +151,33 @@ impl Bind {
                 result
             }
             Bind::Unix(path) => listen_unix(path),
-            Bind::Systemd(name) => take_over(name.as_deref()),
-        }
+            Bind::Systemd { .. } => Err(io::Error::other("a socket of systemd's")),
+        };
+        Ok(Listening {
+            socket: socket?,
+            is_handed_over: false,
+        })
     }
+}
+
+/// What comes after `systemd`. A name has no colon: systemd joins names with them.
+fn parse_systemd(text: &str) -> Option<Bind> {
+    let (name, otherwise) = match text.split_once(',') {
+        None => (text, None),
+        Some((name, otherwise)) => {
+            let otherwise = Bind::parse(otherwise.trim()).ok()?;
+            if matches!(otherwise, Bind::Systemd { .. }) {
+                return None;
+            }
+            (name, Some(Box::new(otherwise)))
+        }
+    };
+    let name = match name.strip_prefix(':') {
+        None if name.is_empty() => None,
+        Some(name) if !name.is_empty() && !name.contains(':') => Some(name.to_owned()),
+        _ => return None,
+    };
+    Some(Bind::Systemd { name, otherwise })
 }
 
 /// The address that a socket listens on, with the port it was given.
@@ -120,8 +204,16 @@ impl fmt::Display for Bind {
             Bind::Host(host, port) if host.contains(':') => write!(f, "[{host}]:{port}"),
             Bind::Host(host, port) => write!(f, "{host}:{port}"),
             Bind::Unix(path) => write!(f, "unix:{}", path.display()),
-            Bind::Systemd(None) => f.write_str("systemd"),
-            Bind::Systemd(Some(name)) => write!(f, "systemd:{name}"),
+            Bind::Systemd { name, otherwise } => {
+                f.write_str("systemd")?;
+                if let Some(name) = name {
+                    write!(f, ":{name}")?;
+                }
+                match otherwise {
+                    None => Ok(()),
+                    Some(otherwise) => write!(f, ",{otherwise}"),
+                }
+            }
         }
     }
 }
@@ -183,30 +275,6 @@ fn is_abandoned(address: &SockAddr) -> io::Result<bool> {
     socket.set_nonblocking(true)?;
     let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
     Ok(socket.connect(address).is_err_and(refused))
-}
-
-/// What systemd handed over. Asked for once: that takes it out of the environment.
-static HANDED_OVER: LazyLock<Mutex<ListenFd>> = LazyLock::new(|| Mutex::new(ListenFd::from_env()));
-
-/// Takes over a socket as sd_listen_fds(3) describes.
-fn take_over(name: Option<&str>) -> io::Result<Socket> {
-    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
-    let index = match name {
-        None => 0,
-        Some(name) => names
-            .split(':')
-            .position(|other| other == name)
-            .ok_or_else(|| io::Error::other("systemd handed over no socket of this name"))?,
-    };
-    let mut handed_over = HANDED_OVER.lock().unwrap_or_else(PoisonError::into_inner);
-    let socket: Socket = match handed_over.take_tcp_listener(index) {
-        Ok(Some(listener)) => listener.into(),
-        _ => match handed_over.take_unix_listener(index)? {
-            Some(listener) => listener.into(),
-            None => return Err(io::Error::other("systemd handed over no socket")),
-        },
-    };
-    Ok(socket)
 }
 
 /// What a host and a port alone were probably to be. Nothing else is quoted: it may hold a password.
@@ -274,6 +342,10 @@ mod tests {
             "unix:/run/a.sock",
             "systemd",
             "systemd:http",
+            "systemd,127.0.0.1:0",
+            "systemd:http,:8080",
+            "systemd:http,[::1]:8080",
+            "systemd:a,unix:/run/a.sock",
         ] {
             assert_eq!(Bind::parse(text).unwrap().to_string(), text);
         }
@@ -291,6 +363,13 @@ mod tests {
             "unix:a",
             "systemd:",
             "systemdx",
+            "systemd:http:8080",
+            "systemd:http,",
+            "systemd:http,systemd",
+            "systemd:http,systemd:b,:80",
+            "systemd:http,8080",
+            "systemd:,:80",
+            ",:80",
             "[x]:1",
             "http://a:80",
             "\n:80",
@@ -300,8 +379,46 @@ mod tests {
     }
 
     #[test]
+    fn a_space_after_the_comma_is_none_of_the_address() {
+        let bind = Bind::parse("systemd:http, :8080").unwrap();
+        assert_eq!(bind.to_string(), "systemd:http,:8080");
+    }
+
+    #[test]
+    fn addresses_that_are_the_same_are_known_from_how_they_are_written() {
+        for (one, other, is_same) in [
+            (":80", ":80", true),
+            (":80", ":81", false),
+            (":0", ":0", false),
+            ("unix:/a", "unix:/a", true),
+            ("systemd", "systemd", true),
+            ("systemd:a", "systemd:b", false),
+            ("systemd:a,:80", "systemd:a,:81", true),
+            ("systemd:a,:80", "systemd:b,:80", true),
+            ("systemd:a,:80", ":80", true),
+            ("systemd:a,:0", "systemd:b,:0", false),
+        ] {
+            let parse = |text| Bind::parse(text).unwrap();
+            let (one, other) = (parse(one), parse(other));
+            assert_eq!(one.clashes_with(&other), is_same, "{one} {other}");
+            assert_eq!(other.clashes_with(&one), is_same, "{other} {one}");
+        }
+    }
+
+    #[test]
+    fn without_a_socket_of_systemds_it_listens_itself_or_says_that_there_is_none() {
+        let listening = Bind::parse("systemd:a,127.0.0.1:0")
+            .unwrap()
+            .listen()
+            .unwrap();
+        assert!(!listening.is_handed_over);
+        let error = Bind::parse("systemd:a").unwrap().listen().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
     fn all_addresses_are_listened_on_at_once() {
-        let socket = Bind::All(0).listen().unwrap();
+        let socket = Bind::All(0).listen().unwrap().socket;
         let port = socket.local_addr().unwrap().as_socket().unwrap().port();
         std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
     }
@@ -312,7 +429,7 @@ mod tests {
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
         loop {
             match bind.listen() {
-                Ok(socket) => return socket,
+                Ok(listening) => return listening.socket,
                 Err(error) => assert!(std::time::Instant::now() < deadline, "{error}"),
             }
             std::thread::sleep(std::time::Duration::from_millis(1));

@@ -36,10 +36,10 @@ impl Listener {
     /// What it will listen on, as far as the settings tell: nothing is known of what systemd hands
     /// over.
     pub fn of_setting(setting: &'static str, bind: &Bind) -> Listener {
-        let addresses = match bind {
-            Bind::All(port) => vec![(Ipv6Addr::UNSPECIFIED, *port).into()],
-            Bind::Host(host, port) => resolve(host, *port),
-            Bind::Unix(_) | Bind::Systemd(_) => Vec::new(),
+        let addresses = match bind.itself() {
+            Some(Bind::All(port)) => vec![(Ipv6Addr::UNSPECIFIED, *port).into()],
+            Some(Bind::Host(host, port)) => resolve(host, *port),
+            Some(Bind::Unix(_) | Bind::Systemd { .. }) | None => Vec::new(),
         };
         Listener::new(setting, addresses, true)
     }
@@ -195,6 +195,7 @@ mod tests {
             ("http://[::ffff:127.0.0.1]:8080", "0.0.0.0:8080"),
             ("http://localhost", ":80"),
             ("http://localhost:5000", "localhost:5000"),
+            ("http://localhost:8080", "systemd:http,:8080"),
         ] {
             assert!(is_own(remote, &[":1", bind]), "{remote} {bind}");
         }
@@ -222,7 +223,7 @@ mod tests {
     #[test]
     fn a_socket_tells_what_it_takes() {
         let listener = |bind: &str| {
-            let socket = Bind::parse(bind).unwrap().listen().unwrap();
+            let socket = Bind::parse(bind).unwrap().listen().unwrap().socket;
             let port = socket.local_addr().unwrap().as_socket().unwrap().port();
             (Listener::of_socket("metrics.bind", &socket), port, socket)
         };

@@ -19,6 +19,10 @@ const REQUEST: &[u8] = b"GET /status HTTP/1.0\r\nHost: localhost\r\n\r\n";
 /// # Errors
 /// Why there is no answer, in a few words.
 pub fn status(bind: &Bind) -> Result<Value, String> {
+    // A socket of systemd's is wherever its unit says; ours is where it would be without one.
+    let Some(bind) = bind.itself() else {
+        return Err("metrics.bind is a socket of systemd's".into());
+    };
     let answer = match bind {
         Bind::All(port) => exchange_tcp("localhost", *port),
         Bind::Host(host, port) => {
@@ -33,7 +37,7 @@ pub fn status(bind: &Bind) -> Result<Value, String> {
             stream.set_write_timeout(Some(TIMEOUT))?;
             exchange(stream)
         }),
-        Bind::Systemd(_) => return Err("metrics.bind is a socket of systemd's".into()),
+        Bind::Systemd { .. } => return Err("metrics.bind is a socket of systemd's".into()),
     };
     let answer = answer.map_err(|error| format!("{bind}: {error}"))?;
     let strange = || format!("{bind}: the answer is none of asyncproxy's");

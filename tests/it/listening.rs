@@ -101,6 +101,16 @@ fn all_addresses_are_those_of_both_families() {
 
 /// What systemd does: descriptors from 3 on, told of in the environment.
 pub fn hand_over(setup: &Setup, names: &str, first: &TcpListener, second: &TcpListener) -> Proxy {
+    Proxy::of(hand_over_to_one_that_fails(setup, names, first, second))
+}
+
+/// The same, of a program that does not come to listen.
+fn hand_over_to_one_that_fails(
+    setup: &Setup,
+    names: &str,
+    first: &TcpListener,
+    second: &TcpListener,
+) -> Process {
     let script = format!(
         "exec 3<&0 4<&1 0</dev/null 1>&2
         export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES={names}
@@ -108,11 +118,7 @@ pub fn hand_over(setup: &Setup, names: &str, first: &TcpListener, second: &TcpLi
     );
     let copy = |listener: &TcpListener| OwnedFd::from(listener.try_clone().expect("clone"));
     let mut shell = setup.shell(&script);
-    Proxy::of(Process::spawn_with_sockets(
-        &mut shell,
-        copy(first),
-        copy(second),
-    ))
+    Process::spawn_with_sockets(&mut shell, copy(first), copy(second))
 }
 
 pub fn listener() -> TcpListener {
@@ -222,13 +228,81 @@ fn a_socket_from_systemd_may_be_nonblocking_or_not() {
 
 #[test]
 fn a_socket_that_was_not_handed_over_is_an_error() {
-    for (bind, names) in [("systemd", ""), ("systemd:intake", "control")] {
-        let setup = Setup::new("http://127.0.0.1:1").set("server.bind", bind);
+    for (setting, bind, names, unit) in [
+        ("server.bind", "systemd", "", "asyncproxy.socket"),
+        (
+            "server.bind",
+            "systemd:intake",
+            "control",
+            "asyncproxy.socket",
+        ),
+        ("metrics.bind", "systemd:m", "", "asyncproxy-metrics.socket"),
+    ] {
+        let setup = Setup::new("http://127.0.0.1:1").set(setting, bind);
         let mut process = Process::spawn(setup.command().env("LISTEN_FDNAMES", names));
         assert_eq!(process.wait(PATIENCE).code(), Some(1));
-        let said = format!("server.bind: cannot listen on {bind}: systemd handed over no socket");
-        assert!(process.text().contains(&said), "{}", process.text());
+        let text = process.text();
+        let said = format!("{setting}: cannot listen on {bind}: systemd handed over no socket");
+        assert!(text.contains(&said), "{text}");
+        let helps = format!(
+            "start the unit that has it (systemctl start {unit}), or write {setting}: {bind},"
+        );
+        assert!(text.contains(&helps), "{text}");
     }
+}
+
+/// So that one setting goes with and without units of sockets.
+#[test]
+fn without_a_socket_from_systemd_the_other_address_is_listened_on_and_ends_with_the_program() {
+    let destination = Destination::answering(|_| Answer::hang());
+    let (http, metrics) = (listener(), listener());
+    let setup = Setup::new(&destination.url())
+        .set("server.bind", "systemd:http,127.0.0.1:0")
+        .set("metrics.bind", "systemd:metrics,127.0.0.1:0")
+        .set("server.shutdown_timeout", LONG);
+    let address = http.local_addr().expect("address");
+    for (number, names) in ["http:metrics", "other:metrics"].into_iter().enumerate() {
+        let is_handed_over = names.starts_with("http");
+        let mut proxy = hand_over(&setup, names, &http, &metrics);
+        assert_eq!(proxy.intake == address, is_handed_over, "{names}");
+        proxy.accept(number..number + 1);
+        destination.wait_for(number + 1, PATIENCE);
+        proxy.sigterm();
+        wait_until("the end of accepting", || {
+            http::get(proxy.control, "/readyz").status == 503
+        });
+        // The program goes on: what it has in flight hangs.
+        let refuses = TcpStream::connect(proxy.intake).is_err();
+        assert_eq!(refuses, !is_handed_over, "{names}");
+        proxy.sigterm();
+        assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.log());
+    }
+}
+
+#[test]
+fn a_socket_from_systemd_that_no_setting_takes_is_warned_of() {
+    let (http, metrics) = (listener(), listener());
+    let setup = Setup::new("http://127.0.0.1:1");
+    let proxy = hand_over(&setup, "http:metrics", &http, &metrics);
+    for (name, listener) in [("http", &http), ("metrics", &metrics)] {
+        let address = listener.local_addr().expect("address");
+        let said = format!("systemd handed over the socket {name} ({address}), which is not taken");
+        let line = proxy.wait_for_log(&said);
+        assert!(line.contains("level=warn"), "{line}");
+    }
+    proxy.stop();
+    // One that is taken, and one where the program wants to listen itself.
+    let address = http.local_addr().expect("address");
+    let setup = setup
+        .set("server.bind", address)
+        .set("metrics.bind", "systemd:metrics,127.0.0.1:0");
+    let mut process = hand_over_to_one_that_fails(&setup, "http:metrics", &http, &metrics);
+    assert_eq!(process.wait(PATIENCE).code(), Some(1));
+    let text = process.text();
+    let helps = format!("write server.bind: systemd:http,{address} to take it");
+    assert!(text.contains(&helps), "{text}");
+    assert!(text.contains("the socket http ("), "{text}");
+    assert!(!text.contains("the socket metrics ("), "{text}");
 }
 
 #[test]

@@ -123,11 +123,13 @@ enum Answer {
 }
 
 fn asked(bind: &Bind) -> Answer {
-    let address = match bind {
-        Bind::All(port) => format!("localhost:{port}"),
-        Bind::Host(host, port) if host.contains(':') => format!("[{host}]:{port}"),
-        Bind::Host(host, port) => format!("{host}:{port}"),
-        Bind::Unix(_) | Bind::Systemd(_) => return Answer::NotAsked(bind.to_string()),
+    let address = match bind.itself() {
+        Some(Bind::All(port)) => format!("localhost:{port}"),
+        Some(Bind::Host(host, port)) if host.contains(':') => format!("[{host}]:{port}"),
+        Some(Bind::Host(host, port)) => format!("{host}:{port}"),
+        Some(Bind::Unix(_) | Bind::Systemd { .. }) | None => {
+            return Answer::NotAsked(bind.to_string());
+        }
     };
     let told = match upstream::get_text(&format!("http://{address}/status"), PATIENCE) {
         Ok(told) => told,
