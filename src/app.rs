@@ -196,7 +196,7 @@ impl App {
             .and_then(|newer| self.check(newer))
         {
             Err(error) => {
-                reloads.failed();
+                reloads.failed(&error);
                 log::error!(error:%; "settings not reloaded, all stay as they are");
             }
             Ok(newer) => {

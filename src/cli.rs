@@ -28,7 +28,8 @@ Answers HTTP requests at once and proxies each to its destination afterwards.
 
 Usage:
   asyncproxy [--config PATH]                  run
-  asyncproxy [--config PATH] --check-config   print the effective settings, secrets masked
+  asyncproxy [--config PATH] --check-config [--quiet]
+                                              print the effective settings, secrets masked
   asyncproxy [--config PATH] queue ...        look into the queue: see asyncproxy queue --help
   asyncproxy demo [--seconds N]               see it work: proxy, sender and a destination that
                                               goes down for a while, all in this process
@@ -48,6 +49,7 @@ Usage:
 Options:
   --config PATH    settings, in YAML                      [./config.yaml; for queue, doctor and
                    migrate else those of the service that runs here]
+  --quiet          print only what is wrong with the settings
   --seconds N      how long webhooks are sent, 8 to 3600  [15]
   --status         write nothing, exit with 1 if something is pending
   --json           print JSON
@@ -78,7 +80,7 @@ each request that was due was sent and answered 2xx; 1 not so, or could not star
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
     Run(PathBuf),
-    CheckConfig(PathBuf),
+    CheckConfig(PathBuf, Shown),
     Demo(Demo),
     Doctor(Option<PathBuf>, Doctor),
     Migrate(Option<PathBuf>, Migrate),
@@ -88,6 +90,14 @@ pub enum Command {
     QueueHelp,
     Help,
     Version,
+}
+
+/// How much `--check-config` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shown {
+    Settings,
+    /// Only what is wrong with them.
+    Errors,
 }
 
 /// Why a command was not carried out.
@@ -125,13 +135,17 @@ pub struct Sink {
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
     let mut parser = Parser::from_args(arguments);
     let mut config = None;
-    let mut is_check = false;
+    let (mut is_check, mut is_quiet) = (false, false);
     while let Some(argument) = next(&mut parser)? {
         match argument {
             Arg::Long("config") => config = Some(PathBuf::from(value(&mut parser)?)),
             Arg::Long("check-config") => is_check = true,
+            Arg::Long("quiet") => is_quiet = true,
             Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
             Arg::Long("version") | Arg::Short('V') => return Ok(Command::Version),
+            Arg::Value(command) if is_quiet => {
+                return Err(unexpected(Arg::Value(command)));
+            }
             Arg::Value(command) if command == "doctor" && !is_check => {
                 return parse_doctor(&mut parser, config);
             }
@@ -160,11 +174,12 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
         }
     }
     let config = or_default(config);
-    Ok(if is_check {
-        Command::CheckConfig(config)
-    } else {
-        Command::Run(config)
-    })
+    match (is_check, is_quiet) {
+        (true, false) => Ok(Command::CheckConfig(config, Shown::Settings)),
+        (true, true) => Ok(Command::CheckConfig(config, Shown::Errors)),
+        (false, false) => Ok(Command::Run(config)),
+        (false, true) => Err("--quiet: only goes with --check-config".into()),
+    }
 }
 
 fn or_default(config: Option<PathBuf>) -> PathBuf {
@@ -284,7 +299,11 @@ mod tests {
             ("--config a.yaml", Command::Run("a.yaml".into())),
             (
                 "--check-config --config=a",
-                Command::CheckConfig("a".into()),
+                Command::CheckConfig("a".into(), Shown::Settings),
+            ),
+            (
+                "--quiet --check-config",
+                Command::CheckConfig("config.yaml".into(), Shown::Errors),
             ),
             ("demo", Command::Demo(Demo { seconds: 15 })),
             ("demo --seconds 8", Command::Demo(Demo { seconds: 8 })),
@@ -349,6 +368,8 @@ mod tests {
             ("sink --bind nowhere", "--bind"),
             ("--config a sink", "\"sink\""),
             ("--check-config bench", "\"bench\""),
+            ("--quiet", "--check-config"),
+            ("--quiet doctor", "\"doctor\""),
         ] {
             let error = parse_line(line).unwrap_err();
             assert!(error.contains(part), "{line}: {error}");

@@ -9,7 +9,7 @@ use asyncproxy::cli::bench::Bench;
 use asyncproxy::cli::doctor::{self, Doctor};
 use asyncproxy::cli::instance::settings;
 use asyncproxy::cli::migrate::Migrate;
-use asyncproxy::cli::{self, Command, Failure};
+use asyncproxy::cli::{self, Command, Failure, Shown};
 use asyncproxy::config::Config;
 use asyncproxy::{allocator, app, logger};
 use log::Level;
@@ -25,7 +25,7 @@ fn main() {
         Err(error) => complain(error, MISUSED),
         Ok(Command::Help) => print(cli::HELP),
         Ok(Command::Version) => print(concat!("asyncproxy ", env!("CARGO_PKG_VERSION"), "\n")),
-        Ok(Command::CheckConfig(path)) => check_config(&path),
+        Ok(Command::CheckConfig(path, shown)) => check_config(&path, shown),
         Ok(Command::Run(path)) => run(&path),
         Ok(Command::Demo(options)) => match cli::demo::run(options) {
             Ok(true) => 0,
@@ -94,8 +94,9 @@ fn with_output(
     }
 }
 
-fn check_config(path: &Path) -> i32 {
+fn check_config(path: &Path, shown: Shown) -> i32 {
     match Config::load(path) {
+        Ok(_) if shown == Shown::Errors => 0,
         Ok(config) => {
             for warning in config.all_warnings() {
                 complain(format!("warning: {warning}"), 0);

@@ -100,17 +100,40 @@ pub struct Reloads {
     succeeded: IntCounter,
     failed: IntCounter,
     is_last_good: IntGauge,
+    failure: Mutex<Option<ReloadFailure>>,
+}
+
+/// Why settings were not reloaded.
+#[derive(Debug, Clone)]
+pub struct ReloadFailure {
+    pub error: String,
+    pub at: Instant,
 }
 
 impl Reloads {
     pub fn succeeded(&self) {
         self.succeeded.inc();
         self.is_last_good.set(1);
+        self.set(None);
     }
 
-    pub fn failed(&self) {
+    pub fn failed(&self, error: &str) {
         self.failed.inc();
         self.is_last_good.set(0);
+        self.set(Some(ReloadFailure {
+            error: error.to_owned(),
+            at: Instant::now(),
+        }));
+    }
+
+    /// The last one, if none has succeeded since.
+    pub fn failure(&self) -> Option<ReloadFailure> {
+        let failure = self.failure.lock();
+        failure.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, failure: Option<ReloadFailure>) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
     }
 }
 
@@ -519,6 +542,7 @@ impl Make {
             succeeded,
             failed,
             is_last_good,
+            failure: Mutex::default(),
         })
     }
 

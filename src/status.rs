@@ -80,6 +80,11 @@ impl Status {
                 "set_by_seconds": jump.by_seconds(),
                 "seconds_ago": seconds(jump.at.elapsed()),
             })),
+            // Until one succeeds.
+            "failed_reload": self.metrics.reloads().failure().map(|failure| json!({
+                "error": failure.error,
+                "seconds_ago": seconds(failure.at.elapsed()),
+            })),
             "spool": self.has_spool.then(|| json!({ "rows": self.metrics.spool.rows.get() })),
         })
     }
@@ -117,6 +122,13 @@ impl Status {
         }
         if let Some(shortage) = self.store.shortage() {
             line += &format!("; {shortage}");
+        }
+        if let Some(failure) = self.metrics.reloads().failure() {
+            let ago = about(failure.at.elapsed());
+            line += &format!(
+                "; the reload {ago} ago failed, settings are as they were: {}",
+                failure.error
+            );
         }
         if let Some(jump) = self.clock.jump() {
             let ago = about(jump.at.elapsed());

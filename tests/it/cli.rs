@@ -135,6 +135,27 @@ fn check_config_shows_the_effective_settings() {
     assert!(!setup.path("queue.sqlite").exists(), "nothing is opened");
 }
 
+/// For a script, or a unit's ExecReload: nothing but what is wrong.
+#[test]
+fn check_config_says_nothing_of_good_settings_when_it_is_to_be_quiet() {
+    let quiet = ["--check-config", "--quiet"];
+    let warned_of = "host=localhost dbname=a binary_parameters=yes";
+    let (_, _, stderr) = run(
+        &to_nowhere().set("db.connection_string", warned_of),
+        &quiet[..1],
+    );
+    assert!(stderr.contains("warning"), "{stderr}");
+    let (status, stdout, stderr) =
+        run(&to_nowhere().set("db.connection_string", warned_of), &quiet);
+    assert_eq!((status, &*stdout, &*stderr), (0, "", ""));
+    let (status, stdout, stderr) = run(&to_nowhere().set("queue.workers", "many"), &quiet);
+    assert_eq!((status, &*stdout), (2, ""));
+    assert!(
+        error_line(&stderr).contains("queue.workers: must be"),
+        "{stderr}"
+    );
+}
+
 #[test]
 fn what_check_config_shows_is_a_configuration() {
     let setup = to_nowhere().set("queue.give_up_statuses", "[410, 422]");

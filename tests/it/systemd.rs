@@ -108,10 +108,7 @@ fn a_reload_is_announced_and_ended_whether_it_succeeds_or_not() {
         ("7", "settings reloaded"),
         ("many", "settings not reloaded"),
     ] {
-        let setup = setup.path("config.yaml");
-        let text = std::fs::read_to_string(&setup).unwrap();
-        let text = text.replace("enqueue_rate: ", &format!("enqueue_rate: {rate} # "));
-        std::fs::write(&setup, text).unwrap();
+        set_enqueue_rate(&setup, rate);
         proxy.sighup();
         let usec = systemd.wait_for("MONOTONIC_USEC=");
         assert!(systemd.has_heard("RELOADING=1"));
@@ -120,6 +117,45 @@ fn a_reload_is_announced_and_ended_whether_it_succeeds_or_not() {
         systemd.wait_for("READY=1");
         proxy.wait_for_log(line);
     }
+    proxy.stop();
+}
+
+fn set_enqueue_rate(setup: &Setup, rate: &str) {
+    let path = setup.path("config.yaml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let text = text.replace("enqueue_rate: ", &format!("enqueue_rate: {rate} # "));
+    std::fs::write(&path, text).unwrap();
+}
+
+#[test]
+fn a_reload_that_failed_is_shown_until_one_succeeds() {
+    let setup = Setup::new("http://127.0.0.1:1");
+    let (mut systemd, setup) = Listener::of(setup.env("WATCHDOG_USEC", 20_000));
+    let proxy = setup.start();
+    let shown = || {
+        let status = http::get(proxy.control, "/status").text();
+        let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+        status["failed_reload"].clone()
+    };
+    systemd.wait_for("STATUS=");
+    assert!(shown().is_null());
+    for wrong in ["many", "more"] {
+        set_enqueue_rate(&setup, wrong);
+        proxy.sighup();
+        let error = format!(
+            "server.enqueue_rate: must be a whole number from 0 to 1000000 (got \"{wrong}\""
+        );
+        wait_until("the error in /status", || {
+            shown()["error"]
+                .as_str()
+                .is_some_and(|told| told.contains(&error))
+        });
+        while !systemd.wait_for("STATUS=").contains(&error) {}
+    }
+    set_enqueue_rate(&setup, "7");
+    proxy.sighup();
+    wait_until("no error in /status", || shown().is_null());
+    while systemd.wait_for("STATUS=").contains("reload") {}
     proxy.stop();
 }
 

@@ -98,6 +98,10 @@ fn print_instance(instance: &Result<Value, String>, output: &mut dyn Write) -> R
             )?;
             line("destination", &working(&instance["destination"], "breaker"))?;
             line("store", &store(&instance["store"]))?;
+            if let Some(error) = instance["failed_reload"]["error"].as_str() {
+                let error = printable::line(error.as_bytes());
+                line("settings", &format!("the last reload failed: {error}"))?;
+            }
             if let Some(rows) = instance["spool"]["rows"].as_i64() {
                 line("spool", &format!("{rows} requests"))?;
             }
