@@ -209,7 +209,10 @@ fn errors_name_the_setting_the_value_and_what_is_accepted() {
         ("server: 5", &["server", "settings"]),
         ("- a", &["sections"]),
         ("a: b: c", &["not YAML"]),
-        ("server:\n  bind: :1\n  bind: :2", &["line 3", "server.bind", "line 2"]),
+        (
+            "server:\n  bind: :1\n  bind: :2",
+            &["line 3", "server.bind", "line 2"],
+        ),
         (
             "db: {connection_string: 'host=h', spool: spool.sqlite}",
             &["db.spool", "empty or sqlite:PATH", "spool.sqlite"],
