@@ -10,6 +10,7 @@ mod tests;
 
 use std::fmt;
 use std::io;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -113,6 +114,19 @@ pub fn run(config: Config, load: Load<'_>) -> Result<(), RunError> {
     App::start(config, threads, stop)?.run(&hangups, load)
 }
 
+/// Where requests go and where they wait, in one line: what is looked for first when they do not.
+fn report_start(config: &Config) {
+    let RemoteUrl {
+        scheme,
+        authority,
+        path_prefix,
+    } = &config.proxy.remote_url;
+    let destination = format!("{scheme}://{authority}{path_prefix}");
+    let (version, queue) = (env!("CARGO_PKG_VERSION"), config.store().name);
+    let settings = config.path.as_deref().unwrap_or(Path::new("")).display();
+    log::info!(version, destination, queue, settings:%; "starting");
+}
+
 /// All of it, started; in a process that may do other things beside.
 #[allow(missing_debug_implementations, reason = "threads and channels")]
 pub struct App {
@@ -138,6 +152,7 @@ impl App {
         ];
         own::check(&config.proxy.remote_url, &own).map_err(RunError::Own)?;
         let address = shown_address(&intake.socket).map_err(cannot_start("intake"))?;
+        report_start(&config);
         let listeners = Listeners {
             intake,
             control: control.socket,

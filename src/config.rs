@@ -8,6 +8,7 @@ pub mod handed_over;
 pub mod own;
 mod place;
 mod raw;
+mod refused;
 mod secrets;
 mod ssl;
 mod values;

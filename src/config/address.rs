@@ -17,6 +17,9 @@ use crate::upstream;
 /// Connections that may wait to be accepted; the kernel may allow fewer (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
 
+/// Of a socket (unix(7)).
+const PATH_BYTES_MAX: usize = 107;
+
 /// Where to listen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Bind {
@@ -52,6 +55,10 @@ impl Bind {
              systemd:NAME,:8080";
         if let Some(path) = text.strip_prefix("unix:") {
             return match Path::new(path).is_absolute() {
+                true if path.len() > PATH_BYTES_MAX => Err(format!(
+                    "unix:/path with a path of at most {PATH_BYTES_MAX} bytes, this one has {}",
+                    path.len()
+                )),
                 true => Ok(Bind::Unix(path.into())),
                 false => Err(ACCEPTED.into()),
             };

@@ -8,7 +8,7 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use listenfd::ListenFd;
 use socket2::Socket;
 
-use super::{Bind, shown_address};
+use super::{Bind, refused, shown_address};
 
 /// Asked for once: that takes them out of the environment.
 static HANDED_OVER: LazyLock<Mutex<HandedOver>> =
@@ -27,7 +27,7 @@ pub fn left() -> Vec<Left> {
     handed_over().left()
 }
 
-/// What helps against an error of listening as `setting` says, if it has to do with systemd's sockets.
+/// What helps against an error of listening as `setting` says.
 pub fn advice(setting: &str, bind: &Bind, error: &io::Error) -> Option<String> {
     let is_alone = matches!(
         bind,
@@ -41,6 +41,7 @@ pub fn advice(setting: &str, bind: &Bind, error: &io::Error) -> Option<String> {
         io::ErrorKind::AddrInUse => taken_by(setting, bind.itself()?, &left()),
         _ => None,
     }
+    .or_else(|| refused::advice(setting, bind, error))
 }
 
 /// The units of ours that hand over a socket for each setting.
@@ -217,10 +218,8 @@ mod tests {
         }
         // A path whose directory is missing is no fault of systemd's.
         for bind in ["unix:/a/b", "systemd:http,unix:/a/b"] {
-            assert_eq!(
-                advice("server.bind", &Bind::parse(bind).unwrap(), &missing),
-                None
-            );
+            let advice = advice("server.bind", &Bind::parse(bind).unwrap(), &missing);
+            assert!(!advice.unwrap_or_default().contains("systemctl"), "{bind}");
         }
     }
 }

@@ -322,6 +322,57 @@ fn a_file_that_cannot_be_read_is_named() {
     error_line(&stderr);
 }
 
+#[test]
+fn an_address_that_cannot_be_listened_on_has_advice() {
+    let setup = to_nowhere();
+    let long = format!("unix:/{}", "a".repeat(107));
+    for (bind, status, part) in [
+        (
+            "unix:/nowhere/a.sock",
+            1,
+            "there is no directory \"/nowhere\"",
+        ),
+        ("192.0.2.1:8080", 1, "does not have that address"),
+        (long.as_str(), 2, "at most 107 bytes, this one has 108"),
+    ] {
+        let setup = to_nowhere().set("server.bind", bind);
+        let (found, _, stderr) = run(&setup, &[]);
+        let line = error_line(&stderr);
+        assert_eq!(found, status, "{bind}: {line}");
+        assert!(
+            line.contains(part) && line.contains("server.bind"),
+            "{bind}: {line}"
+        );
+    }
+    let setup = setup.set("server.bind", format!("unix:/{}", "a".repeat(106)));
+    let (status, _, stderr) = run(&setup, &["--check-config"]);
+    assert_eq!(status, 0, "{stderr}");
+}
+
+#[test]
+fn the_start_names_destination_queue_and_settings_in_one_line() {
+    let setup = Setup::new("http://localhost:1/base/").set(
+        "db.connection_string",
+        "'host=localhost port=1 user=ann password=hush dbname=q'",
+    );
+    let proxy = setup.start();
+    let line = proxy.wait_for_log("msg=\"starting\"");
+    let settings = std::fs::canonicalize(setup.path("config.yaml")).expect("config.yaml");
+    for part in [
+        "destination=http://localhost:1/base ",
+        "queue=\"host=localhost port=1 user=ann dbname=q password=<sensitive>\"",
+        settings
+            .file_name()
+            .expect("a name")
+            .to_str()
+            .expect("UTF-8"),
+    ] {
+        assert!(line.contains(part), "{part}: {line}");
+    }
+    assert!(!line.contains("hush"), "{line}");
+    proxy.stop();
+}
+
 /// What one who writes YAML by hand gets wrong is told with its place.
 #[test]
 fn what_is_wrong_in_a_file_is_named_with_its_line() {
@@ -445,7 +496,10 @@ fn a_port_in_use_is_one_clear_line() {
         let line = error_line(&stderr);
         assert!(line.starts_with(key), "{line}");
         assert!(line.contains(&address.to_string()), "{line}");
-        assert!(line.contains("in use"), "{line}");
+        assert!(
+            line.contains("in use") && line.contains("ss -ltnp"),
+            "{line}"
+        );
     }
     let at = address.to_string();
     let (status, _, stderr) = run(&Setup::empty(), &["sink", "--bind", &at]);

@@ -145,6 +145,43 @@ fn classify(sqlstate: &str, text: String) -> StoreError {
     }
 }
 
+/// Why there is no connection, and what to do about it.
+pub(super) fn of_connecting(error: &::postgres::Error) -> String {
+    let text = one_line(error);
+    let code = error.code().map(SqlState::code);
+    match advice(code, &text) {
+        None => text,
+        Some(advice) => format!("{text}: {advice}"),
+    }
+}
+
+/// What those who set up a database meet first. The server judges password, role and database in this
+/// order, and tells the first that is wrong.
+fn advice(code: Option<&str>, text: &str) -> Option<&'static str> {
+    match code {
+        Some("28P01") => Some(
+            "correct user and password in db.connection_string (in a URL, percent-encoded), or set it \
+             with ALTER ROLE; whether the database is there is told after that",
+        ),
+        Some("28000") => Some(
+            "the role must be there and may log in (CREATE ROLE … LOGIN), and pg_hba.conf must let it \
+             in from this machine",
+        ),
+        Some("3D000") => {
+            Some("make it (CREATE DATABASE), or correct dbname in db.connection_string")
+        }
+        Some("53300") => Some(
+            "the server's max_connections is reached: raise it, or use fewer (db.max_connections of \
+             each instance, and what others have)",
+        ),
+        // Of the client library, which finds that it has none to answer with.
+        None if text.ends_with("password missing") => {
+            Some("the server asks for one: put it into db.connection_string")
+        }
+        _ => None,
+    }
+}
+
 /// The error with its causes. Not the server's DETAIL, which quotes rows.
 pub(super) fn one_line(error: &::postgres::Error) -> String {
     let mut text = match error.as_db_error() {
@@ -167,6 +204,28 @@ pub(super) fn one_line(error: &::postgres::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_keeps_a_connection_from_being_made_has_its_advice() {
+        for (code, text, part) in [
+            (Some("28P01"), "", "password in db.connection_string"),
+            (Some("28000"), "", "pg_hba.conf"),
+            (Some("3D000"), "", "CREATE DATABASE"),
+            (Some("53300"), "", "max_connections"),
+            (
+                None,
+                "invalid configuration: password missing",
+                "asks for one",
+            ),
+        ] {
+            assert!(
+                advice(code, text).is_some_and(|advice| advice.contains(part)),
+                "{code:?}"
+            );
+        }
+        assert_eq!(advice(Some("57P03"), ""), None);
+        assert_eq!(advice(None, "connection refused"), None);
+    }
 
     #[test]
     fn what_passes_by_itself_is_neither_a_refusal_nor_an_outage() {

@@ -15,7 +15,7 @@ use r2d2::ManageConnection;
 use r2d2_postgres::PostgresConnectionManager;
 
 use super::super::StoreError;
-use super::errors::{is_late, one_line};
+use super::errors::{is_late, of_connecting};
 use super::session::Session;
 use super::stream::{Connector, Limit, Security};
 use crate::config::PostgresServer;
@@ -142,7 +142,7 @@ impl Hosts {
                     if is_late(&error) {
                         leave(&host.left_at);
                     }
-                    errors.push(format!("{}: {}", host.name, one_line(&error)));
+                    errors.push(format!("{}: {}", host.name, of_connecting(&error)));
                 }
             }
         }
