@@ -6,6 +6,7 @@ pub mod doctor;
 pub mod instance;
 pub mod migrate;
 pub mod queue;
+pub mod reload;
 pub mod sink;
 
 use std::ffi::OsString;
@@ -39,6 +40,8 @@ Usage:
   asyncproxy [--config PATH] migrate [--status] [--json] [--other-store]
                                               create or change the tables of db.connection_string,
                                               or with --status tell what is pending
+  asyncproxy reload PID                       have the service PID read its settings again, and tell
+                                              how that ended: for systemd's ExecReload=
   asyncproxy sink [--bind ADDR] [--status N] [--delay D]
                                               a destination for trying things out: prints
                                               what reaches it, answers N after D
@@ -88,6 +91,8 @@ pub enum Command {
     Bench(Box<Bench>),
     Queue(Option<PathBuf>, Box<queue::Queue>),
     QueueHelp,
+    /// Of which process.
+    Reload(i32),
     Help,
     Version,
 }
@@ -154,6 +159,9 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
             }
             Arg::Value(command) if command == "demo" && config.is_none() && !is_check => {
                 return parse_demo(&mut parser);
+            }
+            Arg::Value(command) if command == "reload" && config.is_none() && !is_check => {
+                return parse_reload(&mut parser);
             }
             Arg::Value(command) if command == "sink" && config.is_none() && !is_check => {
                 return parse_sink(&mut parser);
@@ -230,6 +238,23 @@ fn parse_migrate(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Com
         }
     }
     Ok(Command::Migrate(config, migrate))
+}
+
+fn parse_reload(parser: &mut Parser) -> Result<Command, String> {
+    let mut process = None;
+    while let Some(argument) = next(parser)? {
+        match argument {
+            Arg::Value(pid) if process.is_none() => {
+                let pid = pid.to_str().and_then(|pid| pid.parse().ok());
+                let pid = pid.filter(|pid| *pid > 0);
+                process = Some(pid.ok_or("reload: PID must be the number of a process")?);
+            }
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
+            other => return Err(unexpected(other)),
+        }
+    }
+    let process = process.ok_or("reload: which process? See --help")?;
+    Ok(Command::Reload(process))
 }
 
 fn parse_sink(parser: &mut Parser) -> Result<Command, String> {
@@ -309,6 +334,7 @@ mod tests {
             ("demo --seconds 8", Command::Demo(Demo { seconds: 8 })),
             ("-h", Command::Help),
             ("sink --help", Command::Help),
+            ("reload 17", Command::Reload(17)),
             ("bench --help", Command::Help),
             ("--version", Command::Version),
         ] {
@@ -369,6 +395,10 @@ mod tests {
             ("--config a sink", "\"sink\""),
             ("--check-config bench", "\"bench\""),
             ("--quiet", "--check-config"),
+            ("reload", "which process"),
+            ("reload 0", "must be the number of a process"),
+            ("reload -1", "\"-1\""),
+            ("reload 1 2", "\"2\""),
             ("--quiet doctor", "\"doctor\""),
         ] {
             let error = parse_line(line).unwrap_err();

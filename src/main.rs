@@ -34,6 +34,10 @@ fn main() {
         },
         Ok(Command::Doctor(path, options)) => doctor(path.as_deref(), options),
         Ok(Command::Migrate(path, options)) => migrate(path.as_deref(), options),
+        Ok(Command::Reload(pid)) => match cli::reload::run(pid) {
+            Ok(()) => 0,
+            Err(error) => complain(format!("reload: {error}"), FAILED),
+        },
         Ok(Command::Sink(sink)) => match cli::sink::run(&sink) {
             Ok(()) => 0,
             Err(error) => complain(format!("sink: {}: {error}", sink.bind), FAILED),

@@ -112,18 +112,24 @@ pub struct ReloadFailure {
 
 impl Reloads {
     pub fn succeeded(&self) {
-        self.succeeded.inc();
         self.is_last_good.set(1);
         self.set(None);
+        // Last: who sees the count sees how it ended.
+        self.succeeded.inc();
     }
 
     pub fn failed(&self, error: &str) {
-        self.failed.inc();
         self.is_last_good.set(0);
         self.set(Some(ReloadFailure {
             error: error.to_owned(),
             at: Instant::now(),
         }));
+        self.failed.inc();
+    }
+
+    /// All of them, failed ones included.
+    pub fn count(&self) -> u64 {
+        self.succeeded.get() + self.failed.get()
     }
 
     /// The last one, if none has succeeded since.

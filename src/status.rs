@@ -80,6 +80,7 @@ impl Status {
                 "set_by_seconds": jump.by_seconds(),
                 "seconds_ago": seconds(jump.at.elapsed()),
             })),
+            "reloads": self.metrics.reloads().count(),
             // Until one succeeds.
             "failed_reload": self.metrics.reloads().failure().map(|failure| json!({
                 "error": failure.error,

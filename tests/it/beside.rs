@@ -352,3 +352,41 @@ fn only_migrate_makes_a_file() {
     let (_, told, _) = run(&mut setup.command(), &["migrate"]);
     assert!(!told.contains("made"), "{told}");
 }
+
+/// What systemd's ExecReload is to tell; a signal alone tells nobody.
+#[test]
+fn a_reload_by_command_ends_as_the_reload_did() {
+    let destination = Destination::start();
+    let service = Service::start(&destination, |setup| setup);
+    let status = http::get(service.proxy.control, "/status").text();
+    let status: Value = serde_json::from_str(&status).expect("JSON");
+    let pid = status["pid"].to_string();
+    let here = TempDir::new().expect("temporary directory");
+    let reload = |pid: &str| run(&mut service.command(here.path()), &["reload", pid]);
+    let path = service.setup.path("config.yaml");
+    let good = fs::read_to_string(&path).expect("settings");
+    for _ in 0..3 {
+        assert_eq!(reload(&pid), (Some(0), String::new(), String::new()));
+        fs::write(&path, good.replace("num_clients: ", "num_clients: none # ")).expect("write");
+        let (status, _, error) = reload(&pid);
+        assert_eq!(status, Some(1));
+        assert!(
+            error.contains("all stay as they are") && error.contains("proxy.num_clients: must be"),
+            "{error}"
+        );
+        fs::write(&path, &good).expect("write");
+    }
+    assert_eq!(reload(&pid).0, Some(0));
+    // Nothing else gets a signal, which would end it.
+    let (status, _, error) = reload(&std::process::id().to_string());
+    assert!(
+        status == Some(1) && error.contains("is not process"),
+        "{error}"
+    );
+    let (status, _, error) = run(&mut binary(here.path()), &["reload", &pid]);
+    assert!(
+        status == Some(1) && error.contains("RUNTIME_DIRECTORY is not set"),
+        "{error}"
+    );
+    service.proxy.stop();
+}

@@ -126,6 +126,66 @@ fn the_package_comes_and_goes_and_leaves_settings_and_queue() {
 }
 
 #[test]
+fn what_the_operator_has_installed_by_hand_is_left_and_named() {
+    let output = TempDir::new().unwrap();
+    let package = build(output.path(), "0.0.1");
+    let root = Root::new();
+    let units = root.path("etc/systemd/system");
+    let own = [
+        units.join("asyncproxy.service"),
+        units.join("asyncproxy.socket"),
+        root.path("usr/local/bin/asyncproxy"),
+    ];
+    let drop_in = units.join("asyncproxy.service.d/sockets.conf");
+    let other = units.join("asyncproxy.service.d/other.conf");
+    let write = |path: &Path, text: &str| {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    for path in &own {
+        write(path, "by hand");
+    }
+    write(
+        &drop_in,
+        "[Service]\nEnvironment=SERVER_BIND=systemd:http\n",
+    );
+    let harmless =
+        "#Environment=SERVER_BIND=systemd:http\nEnvironment=SERVER_BIND=systemd:http,:80\n";
+    write(&other, harmless);
+    // Of dpkg's root, as it is seen from outside.
+    let name = |path: &Path| path.display().to_string();
+    let told = root.dpkg(&["--install", package.to_str().unwrap()]);
+    for path in &own {
+        assert!(told.contains(&name(path)), "{told}");
+    }
+    assert!(
+        !told.contains("asyncproxy-metrics.socket is used"),
+        "{told}"
+    );
+    assert!(
+        told.contains(&format!("{} asks for sockets", name(&drop_in))),
+        "{told}"
+    );
+    assert!(!told.contains("other.conf"), "{told}");
+
+    for step in ["--remove", "--purge"] {
+        let told = root.dpkg(&[step, "asyncproxy"]);
+        for path in [&drop_in, &other] {
+            assert!(told.contains(&format!("{} is left", name(path))), "{told}");
+        }
+    }
+    for path in own.iter().chain([&drop_in, &other]) {
+        assert!(path.exists(), "{path:?}");
+    }
+    // Nothing of it, nothing said.
+    let told = Root::new().dpkg(&["--install", package.to_str().unwrap()]);
+    assert!(
+        !told.contains("/etc/systemd") && !told.contains("hides"),
+        "{told}"
+    );
+}
+
+#[test]
 fn the_same_source_makes_the_same_package() {
     let (one, other) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let (one, other) = (build(one.path(), "0.0.1"), build(other.path(), "0.0.1"));
