@@ -101,7 +101,7 @@ pub fn running(config: &Config) -> Result<Instance, String> {
         Ok(status) => {
             return Ok(Instance {
                 status,
-                place: bind.to_string(),
+                place: bind.itself().unwrap_or(bind).to_string(),
             });
         }
         Err(why) => why,
