@@ -305,6 +305,28 @@ fn a_socket_from_systemd_that_no_setting_takes_is_warned_of() {
     assert!(!text.contains("the socket metrics ("), "{text}");
 }
 
+/// It cannot end its listening without ending that of the next program.
+#[test]
+fn tiny_http_takes_no_socket_from_systemd() {
+    let destination = Destination::start();
+    let (http, metrics) = (listener(), listener());
+    let setup = Setup::new(&destination.url())
+        .set("server.acceptor", "tiny_http")
+        .set("server.bind", "systemd:http,127.0.0.1:0")
+        .set("metrics.bind", "systemd:metrics,127.0.0.1:0");
+    let proxy = hand_over(&setup, "http:metrics", &http, &metrics);
+    assert_ne!(proxy.intake, http.local_addr().expect("address"));
+    proxy.wait_for_log("systemd handed over the socket http (");
+    proxy.accept(0..1);
+    proxy.stop();
+    destination.wait_for_numbers(1, PATIENCE);
+    let setup = setup.set("server.bind", "systemd:http");
+    let mut process = Process::spawn(&mut setup.command());
+    assert_eq!(process.wait(PATIENCE).code(), Some(2));
+    let text = process.text();
+    assert!(text.contains("with server.acceptor tiny_http"), "{text}");
+}
+
 #[test]
 fn listening_ends_at_once_and_idle_connections_with_it() {
     let destination = Destination::answering(|_| Answer::hang());
