@@ -54,6 +54,7 @@ mod migrate;
 mod model;
 mod operate;
 mod outage;
+mod owners;
 mod package;
 mod postgres_store;
 mod probes;
