@@ -28,6 +28,7 @@ use crate::descriptors;
 use crate::drain::Drain;
 use crate::intake::Intake;
 use crate::logger;
+use crate::printable;
 use crate::queue::StoreError;
 use crate::queue::health::StoreHealth;
 use crate::queue::sqlite::not_ours;
@@ -88,7 +89,8 @@ impl fmt::Display for RunError {
             RunError::Thread(name) => write!(f, "thread {name} ended unexpectedly"),
             RunError::Lost(count) => write!(
                 f,
-                "{count} acknowledged requests could be neither delivered nor stored"
+                "{} could be neither delivered nor stored",
+                printable::count(*count, "acknowledged request")
             ),
             RunError::Store(error) => write!(f, "{error}"),
         }

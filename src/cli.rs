@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod demo;
 pub mod doctor;
+pub mod help;
 pub mod instance;
 pub mod migrate;
 pub mod queue;
@@ -21,63 +22,9 @@ use crate::queue::StoreError;
 use bench::Bench;
 use demo::Demo;
 use doctor::Doctor;
+use help::unexpected;
 use instance::OtherStore;
 use migrate::Migrate;
-
-pub const HELP: &str = "\
-Answers HTTP requests at once and proxies each to its destination afterwards.
-
-Usage:
-  asyncproxy [--config PATH]                  run
-  asyncproxy [--config PATH] --check-config [--quiet]
-                                              print the effective settings, secrets masked
-  asyncproxy [--config PATH] queue ...        look into the queue: see asyncproxy queue --help
-  asyncproxy demo [--seconds N]               see it work: proxy, sender and a destination that
-                                              goes down for a while, all in this process
-  asyncproxy [--config PATH] doctor [--json] [--deep]
-                                              look at settings, machine, database and destination,
-                                              and say how to mend what is wrong
-  asyncproxy [--config PATH] migrate [--status] [--json] [--other-store]
-                                              create or change the tables of db.connection_string,
-                                              or with --status tell what is pending
-  asyncproxy reload PID                       have the service PID read its settings again, and tell
-                                              how that ended: for systemd's ExecReload=
-  asyncproxy sink [--bind ADDR] [--status N] [--delay D]
-                                              a destination for trying things out: prints
-                                              what reaches it, answers N after D
-  asyncproxy bench --url URL [--clients N] [--rate R] [--duration D] [--body FILE]
-                                              a load generator: POSTs to URL for D, and
-                                              prints rate, errors and latencies
-
-Options:
-  --config PATH    settings, in YAML                      [./config.yaml; for queue, doctor and
-                   migrate else those of the service that runs here]
-  --quiet          print only what is wrong with the settings
-  --seconds N      how long webhooks are sent, 8 to 3600  [15]
-  --status         write nothing, exit with 1 if something is pending
-  --json           print JSON
-  --deep           read a SQLite file whole
-  --other-store    go on though the running instance has another store than these settings
-  --bind ADDR      host:port, or :port for all addresses  [:5000]
-  --status N       status to answer with                  [200]
-  --delay D        time before the answer: 500ms, 1m30s   [0s]
-  --url URL        where to send, with path and query
-  --clients N      connections, 1 to 10000                [64]
-  --rate R         requests a second over all clients, 0.001 to 1000000; latency counts
-                   from when a request was due            [each sends when it was answered]
-  --duration D     time in which requests are sent        [10s]
-  --body FILE      body of each request, at most 64MiB    [1024 times x]
-  -h, --help       this text
-  -V, --version    the version
-
-Each setting can be given as an environment variable, too: server.bind as SERVER_BIND.
-LOG_COLOR=false keeps colours out of the log.
-
-Exit status: 0 stopped, and nothing that was acknowledged is lost; 1 could not start or go on,
-or lost something; 2 wrong arguments or settings. demo: 0 all was delivered. doctor: 0 no errors,
-1 errors, 2 unreadable settings. migrate --status: 0 nothing is pending, 1 something is. bench: 0
-each request that was due was sent and answered 2xx; 1 not so, or could not start.
-";
 
 /// What the program is to do.
 #[derive(Debug, PartialEq, Eq)]
@@ -90,10 +37,10 @@ pub enum Command {
     Sink(Sink),
     Bench(Box<Bench>),
     Queue(Option<PathBuf>, Box<queue::Queue>),
-    QueueHelp,
     /// Of which process.
     Reload(i32),
-    Help,
+    /// What to print.
+    Help(&'static str),
     Version,
 }
 
@@ -146,10 +93,13 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
             Arg::Long("config") => config = Some(PathBuf::from(value(&mut parser)?)),
             Arg::Long("check-config") => is_check = true,
             Arg::Long("quiet") => is_quiet = true,
-            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help(help::PROGRAM)),
             Arg::Long("version") | Arg::Short('V') => return Ok(Command::Version),
             Arg::Value(command) if is_quiet => {
-                return Err(unexpected(Arg::Value(command)));
+                return Err(unexpected(Arg::Value(command), ""));
+            }
+            Arg::Value(command) if command == "help" && !is_check => {
+                return parse_help(&mut parser);
             }
             Arg::Value(command) if command == "doctor" && !is_check => {
                 return parse_doctor(&mut parser, config);
@@ -171,14 +121,14 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
             }
             Arg::Value(command) if command == "queue" && !is_check => {
                 return Ok(match queue::parse(&mut parser)? {
-                    None => Command::QueueHelp,
+                    None => Command::Help(queue::HELP),
                     Some(queue) => {
                         let path = queue.config.clone().or(config);
                         Command::Queue(path, Box::new(queue))
                     }
                 });
             }
-            other => return Err(unexpected(other)),
+            other => return Err(unexpected(other, "")),
         }
     }
     let config = or_default(config);
@@ -194,6 +144,19 @@ fn or_default(config: Option<PathBuf>) -> PathBuf {
     config.unwrap_or_else(|| PathBuf::from("config.yaml"))
 }
 
+fn parse_help(parser: &mut Parser) -> Result<Command, String> {
+    let text = match next(parser)? {
+        None => help::PROGRAM,
+        Some(Arg::Value(command)) => command
+            .to_str()
+            .filter(|name| help::is_command(name))
+            .map(help::of)
+            .ok_or_else(|| unexpected(Arg::Value(command.clone()), ""))?,
+        Some(other) => return Err(unexpected(other, "")),
+    };
+    Ok(Command::Help(text))
+}
+
 fn parse_demo(parser: &mut Parser) -> Result<Command, String> {
     let mut demo = Demo::default();
     while let Some(argument) = next(parser)? {
@@ -204,8 +167,8 @@ fn parse_demo(parser: &mut Parser) -> Result<Command, String> {
                     .filter(|seconds| demo::SECONDS.contains(seconds))
                     .ok_or("--seconds: must be a whole number from 8 to 3600")?;
             }
-            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
-            other => return Err(unexpected(other)),
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help(help::of("demo"))),
+            other => return Err(unexpected(other, "demo")),
         }
     }
     Ok(Command::Demo(demo))
@@ -218,8 +181,8 @@ fn parse_doctor(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Comm
             Arg::Long("config") => config = Some(PathBuf::from(value(parser)?)),
             Arg::Long("json") => doctor.json = true,
             Arg::Long("deep") => doctor.deep = true,
-            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
-            other => return Err(unexpected(other)),
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help(help::of("doctor"))),
+            other => return Err(unexpected(other, "doctor")),
         }
     }
     Ok(Command::Doctor(config, doctor))
@@ -233,8 +196,8 @@ fn parse_migrate(parser: &mut Parser, mut config: Option<PathBuf>) -> Result<Com
             Arg::Long("status") => migrate.status = true,
             Arg::Long("other-store") => migrate.other_store = OtherStore::Use,
             Arg::Long("json") => migrate.json = true,
-            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
-            other => return Err(unexpected(other)),
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help(help::of("migrate"))),
+            other => return Err(unexpected(other, "migrate")),
         }
     }
     Ok(Command::Migrate(config, migrate))
@@ -249,8 +212,8 @@ fn parse_reload(parser: &mut Parser) -> Result<Command, String> {
                 let pid = pid.filter(|pid| *pid > 0);
                 process = Some(pid.ok_or("reload: PID must be the number of a process")?);
             }
-            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
-            other => return Err(unexpected(other)),
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help(help::of("reload"))),
+            other => return Err(unexpected(other, "reload")),
         }
     }
     let process = process.ok_or("reload: which process? See --help")?;
@@ -280,8 +243,8 @@ fn parse_sink(parser: &mut Parser) -> Result<Command, String> {
                 sink.delay =
                     parse_duration(&text(parser)?).map_err(|why: String| wrong("--delay", &why))?;
             }
-            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
-            other => return Err(unexpected(other)),
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help(help::of("sink"))),
+            other => return Err(unexpected(other, "sink")),
         }
     }
     Ok(Command::Sink(sink))
@@ -297,16 +260,6 @@ fn value(parser: &mut Parser) -> Result<OsString, String> {
 
 fn text(parser: &mut Parser) -> Result<String, String> {
     value(parser)?.string().map_err(|error| error.to_string())
-}
-
-fn unexpected(argument: Arg<'_>) -> String {
-    // Debug form of what is not ours to print: no control character gets through.
-    let what = match argument {
-        Arg::Short(letter) => format!("option {:?}", format!("-{letter}")),
-        Arg::Long(name) => format!("option {:?}", format!("--{name}")),
-        Arg::Value(value) => format!("argument {value:?}"),
-    };
-    format!("unexpected {what}, see --help")
 }
 
 #[cfg(test)]
@@ -332,10 +285,14 @@ mod tests {
             ),
             ("demo", Command::Demo(Demo { seconds: 15 })),
             ("demo --seconds 8", Command::Demo(Demo { seconds: 8 })),
-            ("-h", Command::Help),
-            ("sink --help", Command::Help),
+            ("-h", Command::Help(help::PROGRAM)),
+            ("help", Command::Help(help::PROGRAM)),
+            ("help queue", Command::Help(queue::HELP)),
+            ("queue ls --help", Command::Help(queue::HELP)),
+            ("sink --help", Command::Help(help::of("sink"))),
+            ("help sink", Command::Help(help::of("sink"))),
             ("reload 17", Command::Reload(17)),
-            ("bench --help", Command::Help),
+            ("bench --help", Command::Help(help::of("bench"))),
             ("--version", Command::Version),
         ] {
             assert_eq!(parse_line(line), Ok(command), "{line}");

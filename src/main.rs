@@ -23,7 +23,7 @@ fn main() {
     allocator::configure();
     let status = match cli::parse(std::env::args_os().skip(1)) {
         Err(error) => complain(error, MISUSED),
-        Ok(Command::Help) => print(cli::HELP),
+        Ok(Command::Help(text)) => print(text),
         Ok(Command::Version) => print(concat!("asyncproxy ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Command::CheckConfig(path, shown)) => check_config(&path, shown),
         Ok(Command::Run(path)) => run(&path),
@@ -43,7 +43,6 @@ fn main() {
             Err(error) => complain(format!("sink: {}: {error}", sink.bind), FAILED),
         },
         Ok(Command::Bench(options)) => bench(*options),
-        Ok(Command::QueueHelp) => print(cli::queue::HELP),
         Ok(Command::Queue(path, queue)) => with_output(path.as_deref(), |config, output| {
             cli::queue::run(&queue, config, output).map(|()| 0)
         }),

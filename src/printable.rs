@@ -9,6 +9,14 @@ pub fn line(bytes: &[u8]) -> String {
     escaped(bytes, |_| false)
 }
 
+/// A number of things: `1 request`, `2 requests`. What one of them is called takes an s for more.
+pub fn count(number: u64, one: &str) -> String {
+    match number {
+        1 => format!("1 {one}"),
+        _ => format!("{number} {one}s"),
+    }
+}
+
 /// As [`line()`], but line ends and tabs stay, too.
 pub fn text(bytes: &[u8]) -> String {
     escaped(bytes, |character| matches!(character, '\n' | '\t'))
@@ -87,6 +95,19 @@ fn escaped(bytes: &[u8], is_kept: impl Fn(char) -> bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_agrees_with_its_noun() {
+        for (number, one, said) in [
+            (0, "request", "0 requests"),
+            (1, "request", "1 request"),
+            (2, "dead letter", "2 dead letters"),
+            (11, "line", "11 lines"),
+            (u64::MAX, "byte", "18446744073709551615 bytes"),
+        ] {
+            assert_eq!(count(number, one), said);
+        }
+    }
 
     #[test]
     fn nothing_steers_the_terminal() {

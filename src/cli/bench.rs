@@ -15,7 +15,8 @@ use std::time::{Duration, SystemTime};
 use http::uri::Scheme;
 use lexopt::{Arg, Parser};
 
-use super::{Command, next, text, unexpected, value};
+use super::help::{self, unexpected};
+use super::{Command, next, text, value};
 use crate::config::{RemoteUrl, parse_positive_duration};
 use crate::regular_file;
 use crate::request::{self, Headers, Request};
@@ -93,8 +94,8 @@ pub(super) fn parse(parser: &mut Parser) -> Result<Command, String> {
                     .map_err(|why| must_be("--duration", &why))?;
             }
             Arg::Long("body") => body = Some(PathBuf::from(value(parser)?)),
-            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
-            other => return Err(unexpected(other)),
+            Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help(help::of("bench"))),
+            other => return Err(unexpected(other, "bench")),
         }
     }
     let (remote, target) = url.ok_or_else(|| must_be("--url", URL))?;

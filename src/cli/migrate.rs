@@ -8,6 +8,7 @@ use super::Failure;
 use super::instance::{self, OtherStore};
 use crate::app::visited_store;
 use crate::config::{Config, Database, Db};
+use crate::printable;
 use crate::queue::migrate::{Adopted, Step, Version};
 use crate::queue::sqlite::SqliteStore;
 use crate::queue::{StoreError, postgres};
@@ -109,7 +110,8 @@ fn told(before: Version, steps: &[Step], made: Option<String>) -> String {
         if let Some(Adopted { waiting, dead }) = step.adopted {
             let _ = write!(
                 text,
-                ", took over the queue of the Go program: {waiting} waiting, {dead} dead letters"
+                ", took over the queue of the Go program: {waiting} waiting, {}",
+                printable::count(dead, "dead letter")
             );
         }
         text.push('\n');
@@ -167,7 +169,7 @@ mod tests {
         };
         assert_eq!(
             told(version(0, 1), &[step], None),
-            "applied version 1, took over the queue of the Go program: 4 waiting, 1 dead letters\n"
+            "applied version 1, took over the queue of the Go program: 4 waiting, 1 dead letter\n"
         );
         assert_eq!(
             told(version(1, 1), &[], None),

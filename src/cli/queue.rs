@@ -15,8 +15,9 @@ use std::sync::Arc;
 use lexopt::{Arg, Parser};
 use uuid::Uuid;
 
+use super::help::{nearest, unexpected};
 use super::instance::{self, OtherStore};
-use super::{Failure, next, text, unexpected, value};
+use super::{Failure, next, text, value};
 use crate::app::visited_store;
 use crate::config::Config;
 use crate::queue::operate::{Action, Filter, Operate};
@@ -58,6 +59,9 @@ Options:
   --other-store    go on though the running instance has another store than these settings
   --json           print JSON: for ls one object a line
   -h, --help       this text
+
+Example:
+  asyncproxy queue retry --state dead --status 503 --newer-than 2h --dry-run
 
 Exit status: 0 done; 1 the database cannot be used, or a request is not there; 2 wrong arguments
 or settings.
@@ -124,14 +128,13 @@ struct Arguments {
     output: Option<PathBuf>,
 }
 
+const VERBS: [&str; 10] = [
+    "status", "ls", "show", "retry", "drop", "bury", "pause", "resume", "export", "import",
+];
+
 /// The flags, and the verbs that know them.
 const FLAGS: [(&str, &[&str]); 7] = [
-    (
-        "other-store",
-        &[
-            "status", "ls", "show", "retry", "drop", "bury", "pause", "resume", "export", "import",
-        ],
-    ),
+    ("other-store", &VERBS),
     (
         "json",
         &[
@@ -167,7 +170,7 @@ pub fn parse(parser: &mut Parser) -> Result<Option<Queue>, String> {
             }
             Arg::Long(name) => match FLAGS.iter().find(|(flag, _)| *flag == name) {
                 Some((flag, _)) => given.flags.push(flag),
-                None => return Err(unexpected(Arg::Long(name))),
+                None => return Err(unexpected(Arg::Long(name), "queue")),
             },
             Arg::Value(value) => {
                 let value = value
@@ -178,7 +181,7 @@ pub fn parse(parser: &mut Parser) -> Result<Option<Queue>, String> {
                     Some(_) => given.values.push(value),
                 }
             }
-            other @ Arg::Short(_) => return Err(unexpected(other)),
+            other @ Arg::Short(_) => return Err(unexpected(other, "queue")),
         }
     }
     understand(given).map(Some)
@@ -228,9 +231,12 @@ fn understand(given: Arguments) -> Result<Queue, String> {
             _ => return Err("queue import: takes one file".into()),
         },
         other => {
+            let meant = nearest(other, VERBS.into_iter());
+            let meant = meant.map(|meant| format!("; did you mean {meant}?"));
             return Err(format!(
                 "queue: unknown command {other:?}, must be status, ls, show, retry, drop, bury, \
-                 pause, resume, export or import"
+                 pause, resume, export or import{}",
+                meant.unwrap_or_default()
             ));
         }
     };

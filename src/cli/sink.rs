@@ -88,8 +88,9 @@ fn describe(received: &Received<'_>) -> String {
     let body = &received.body;
     let printed = &body[..body.len().min(PRINTED_BYTES_MAX)];
     let _ = writeln!(text, "\n{}", printable::text(printed));
-    if body.len() > printed.len() {
-        let _ = writeln!(text, "[{} bytes more]", body.len() - printed.len());
+    let more = body.len() - printed.len();
+    if more > 0 {
+        let _ = writeln!(text, "[{} more]", printable::count(more as u64, "byte"));
     }
     text.push('\n');
     text

@@ -44,12 +44,33 @@ fn version_and_help() {
     for flag in ["--version", "-V"] {
         assert_eq!(run(&setup, &[flag]), (0, version.clone(), String::new()));
     }
-    for arguments in [
-        &["--help"][..],
-        &["-h"],
-        &["sink", "--help"],
-        &["bench", "--help"],
+    let own = |command: &str| run(&setup, &[command, "--help"]).1;
+    for (command, words) in [
+        ("demo", &["--seconds"][..]),
+        ("doctor", &["--config", "--json", "--deep"]),
+        (
+            "migrate",
+            &["--config", "--status", "--json", "--other-store"],
+        ),
+        ("queue", &["--config", "--state", "--other-store"]),
+        ("reload", &["PID", "ExecReload="]),
+        ("sink", &["--bind", "--status", "--delay"]),
+        (
+            "bench",
+            &["--url", "--clients", "--rate", "--duration", "--body"],
+        ),
     ] {
+        let text = own(command);
+        assert_eq!(
+            run(&setup, &["help", command]),
+            (0, text.clone(), String::new())
+        );
+        for word in words.iter().chain(&["Usage:", "Example", "Exit status:"]) {
+            assert!(text.contains(word), "{command}, {word}: {text}");
+        }
+        assert!(!text.contains("--check-config"), "{command}: its own only");
+    }
+    for arguments in [&["--help"][..], &["-h"], &["help"]] {
         let (status, stdout, stderr) = run(&setup, arguments);
         assert_eq!((status, &*stderr), (0, ""));
         for word in [

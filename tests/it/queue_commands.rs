@@ -621,7 +621,7 @@ fn one_row_that_the_store_refuses_keeps_no_other_from_being_imported(route: Rout
     let output = output(&setup, &["import"], exported.as_bytes());
     let error = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{error}");
-    assert!(error.contains("1 lines could not be imported"), "{error}");
+    assert!(error.contains("1 line could not be imported"), "{error}");
     assert!(error.contains("bad"), "{error}");
     assert_eq!(store::rows(&setup), 19);
 }

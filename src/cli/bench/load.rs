@@ -13,6 +13,7 @@ use super::Bench;
 use super::report::{Report, Tally, per_second};
 use super::schedule::Schedule;
 use crate::descriptors;
+use crate::printable;
 use crate::request::{self, Request};
 use crate::thread::Threads;
 use crate::upstream::Upstream;
@@ -89,8 +90,9 @@ pub fn run(bench: Bench) -> io::Result<Report> {
 fn raise_limit(clients: usize) -> io::Result<()> {
     descriptors::raise_for_clients(clients as u64).map_err(|fitting| {
         io::Error::other(format!(
-            "{clients} clients need more open files than the limit (ulimit -Hn) allows: \
-             raise it, or use at most {fitting} --clients"
+            "{} would need more open files than the limit (ulimit -Hn) allows: \
+             raise it, or use at most {fitting} --clients",
+            printable::count(clients as u64, "client")
         ))
     })
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
+use crate::printable;
 use crate::settle::Outcome;
 
 /// Distinct reasons of errors that are told apart; the rest is counted together.
@@ -140,8 +141,8 @@ impl fmt::Display for Report {
                 0 => writeln!(f, "unsent: 0")?,
                 _ => writeln!(
                     f,
-                    "unsent: {unsent} requests of the schedule were not sent: \
-                     more --clients are needed"
+                    "unsent: {} of the schedule not sent in time: more --clients are needed",
+                    printable::count(unsent, "request")
                 )?,
             }
         }

@@ -13,6 +13,7 @@ use super::{print, webhook};
 use crate::budget::{Budget, Permit};
 use crate::intake::Answer;
 use crate::intake::builtin::{Acceptor, Received, Service, Times};
+use crate::printable;
 use crate::thread::Threads;
 
 const CONNECTIONS_MAX: usize = 128;
@@ -113,10 +114,10 @@ impl Service for Listener {
         };
         if self.ledger.arrived(id) {
             print(format!(
-                "       arrived: {} {}, {} bytes, attempt {}",
+                "       arrived: {} {}, {}, attempt {}",
                 received.head.method,
                 received.head.target.escape_debug(),
-                received.body.len(),
+                printable::count(received.body.len() as u64, "byte"),
                 field("X-Asyncproxy-Attempt")
                     .unwrap_or_default()
                     .escape_debug(),

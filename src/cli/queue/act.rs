@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::transfer::Progress;
 use super::{Failure, Selection, not_found};
+use crate::printable;
 use crate::queue::BATCH_ROWS_MAX;
 use crate::queue::operate::{Action, Filter, Operate, Position, Row, State};
 
@@ -138,8 +139,7 @@ fn print(
         (Action::Drop, true) => "would be dropped",
         (Action::Bury, true) => "would be moved to the dead letters",
     };
-    let requests = if *changed == 1 { "request" } else { "requests" };
-    writeln!(output, "{changed} {requests} {what}")?;
+    writeln!(output, "{} {what}", printable::count(*changed, "request"))?;
     if *leased > 0 {
         writeln!(output, "{leased} being sent, left alone")?;
     }

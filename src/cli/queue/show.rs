@@ -195,7 +195,12 @@ impl Shown<'_> {
                 printable::line(&value)
             )?;
         }
-        Ok(writeln!(output, "{:12} {} bytes", "body", row.body_bytes)?)
+        Ok(writeln!(
+            output,
+            "{:12} {}",
+            "body",
+            printable::count(row.body_bytes, "byte")
+        )?)
     }
 
     pub(super) fn print_body(

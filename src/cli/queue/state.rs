@@ -35,8 +35,10 @@ pub(super) fn print(
     line(
         "queue",
         &format!(
-            "{} waiting, {} being sent, {} dead letters",
-            sample.waiting, sample.leased, sample.dead
+            "{} waiting, {} being sent, {}",
+            sample.waiting,
+            sample.leased,
+            printable::count(sample.dead, "dead letter")
         ),
     )?;
     line("oldest", &sample.oldest.map_or("none".to_owned(), about))?;
@@ -102,8 +104,8 @@ fn print_instance(instance: &Result<Value, String>, output: &mut dyn Write) -> R
                 let error = printable::line(error.as_bytes());
                 line("settings", &format!("the last reload failed: {error}"))?;
             }
-            if let Some(rows) = instance["spool"]["rows"].as_i64() {
-                line("spool", &format!("{rows} requests"))?;
+            if let Some(rows) = instance["spool"]["rows"].as_u64() {
+                line("spool", &printable::count(rows, "request"))?;
             }
         }
     }

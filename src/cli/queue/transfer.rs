@@ -176,7 +176,7 @@ impl Export<'_> {
         let lost = match unread {
             0 => "a part of the file cannot be read".to_owned(),
             1 => "1 request cannot be read".to_owned(),
-            unread => format!("{unread} requests cannot be read"),
+            unread => format!("{} cannot be read", printable::count(unread, "request")),
         };
         Err(Failure::Failed(format!(
             "the file is damaged: {lost}, {written} were written"
@@ -243,13 +243,14 @@ pub(super) fn import(
             json!({ "imported": imported, "faulty": faulty })
         )?;
     } else {
-        let requests = if imported == 1 { "request" } else { "requests" };
-        writeln!(output, "{imported} {requests} imported, or there already")?;
+        let requests = printable::count(imported, "request");
+        writeln!(output, "{requests} imported, or there already")?;
     }
     match faulty {
         0 => Ok(()),
         _ => Err(Failure::Failed(format!(
-            "{faulty} lines could not be imported"
+            "{} could not be imported",
+            printable::count(faulty, "line")
         ))),
     }
 }
