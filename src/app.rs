@@ -31,7 +31,6 @@ use crate::logger;
 use crate::printable;
 use crate::queue::StoreError;
 use crate::queue::health::StoreHealth;
-use crate::queue::sqlite::not_ours;
 use crate::request::Mark;
 use crate::systemd::Notifier;
 use crate::thread::Threads;
@@ -54,8 +53,6 @@ pub enum RunError {
         /// What helps, if anything can be said about it.
         advice: Option<String>,
     },
-    /// A file that is there may not be written by this user.
-    NotOurs { setting: &'static str, why: String },
     /// The destination is one of our own listeners.
     Own(OwnAddress),
     /// The system gave no thread, signal handler or the like.
@@ -83,7 +80,6 @@ impl fmt::Display for RunError {
                     Some(advice) => write!(f, ": {advice}"),
                 }
             }
-            RunError::NotOurs { setting, why } => write!(f, "{setting}: {why}"),
             RunError::Own(own) => own.fmt(f),
             RunError::Start { what, error } => write!(f, "cannot start {what}: {error}"),
             RunError::Thread(name) => write!(f, "thread {name} ended unexpectedly"),
@@ -157,11 +153,6 @@ impl App {
             Listener::of_socket("metrics.bind", &control.socket),
         ];
         own::check(&config.proxy.remote_url, &own).map_err(RunError::Own)?;
-        for (setting, path) in config.files() {
-            if let Some(why) = not_ours(path) {
-                return Err(RunError::NotOurs { setting, why });
-            }
-        }
         let address = shown_address(&intake.socket).map_err(cannot_start("intake"))?;
         report_start(&config);
         let listeners = Listeners {

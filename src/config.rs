@@ -416,16 +416,6 @@ impl Config {
         }
     }
 
-    /// The files of SQLite, each with the setting that names it.
-    pub fn files(&self) -> impl Iterator<Item = (&'static str, &Path)> {
-        let queue = match &self.db.database {
-            Database::Sqlite(path) => Some(("db.connection_string", path.as_path())),
-            Database::Postgres(_) => None,
-        };
-        let spool = self.db.spool.as_deref().map(|path| ("db.spool", path));
-        queue.into_iter().chain(spool)
-    }
-
     /// Makes relative paths of files that are yet to be opened count from `directory`.
     pub fn found_from(&mut self, directory: &Path) {
         if let Database::Sqlite(path) = &mut self.db.database {

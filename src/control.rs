@@ -148,7 +148,6 @@ impl Control {
                 });
             }
         }
-        notes.extend(self.status.store.rival());
         if self.destination.is_paused() {
             notes.push("the queue is paused".to_owned());
         }

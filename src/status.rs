@@ -45,7 +45,6 @@ impl Status {
         let breaker = self.destination.name();
         let mut store = self.identity.to_json(self.store.instance());
         store["fault"] = json!(self.health.fault().map(|fault| fault.to_string()));
-        store["rival"] = json!(self.store.rival());
         store["shortage"] = json!(self.store.shortage());
         json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -121,9 +120,6 @@ impl Status {
         }
         if let Some(fault) = self.health.fault() {
             line += &format!("; {fault}");
-        }
-        if let Some(rival) = self.store.rival() {
-            line += &format!("; {rival}");
         }
         if let Some(shortage) = self.store.shortage() {
             line += &format!("; {shortage}");

@@ -156,11 +156,6 @@ pub trait Store: fmt::Debug + Send + Sync {
         None
     }
 
-    /// Who else serves it though it is for one process, if somebody does.
-    fn rival(&self) -> Option<String> {
-        None
-    }
-
     /// Why nobody needs to wait for it, if so: it is at an operation for longer than that may take.
     fn hangs(&self) -> Option<StoreError> {
         None

@@ -34,7 +34,7 @@ use super::{
 use crate::clock::Clock;
 use disk::Room;
 use executor::Executor;
-pub use file::{REMEDY, not_ours};
+pub use file::REMEDY;
 use rows::{add_ms, sub_ms, to_ms};
 pub(super) use spooled::SpoolPosition;
 use statements::{
@@ -85,8 +85,6 @@ struct Shared {
     /// Readers in use, and so not there.
     reading: AtomicUsize,
     is_closed: AtomicBool,
-    /// Another process had the file when this one began to serve it.
-    rival: OnceLock<String>,
     /// The oldest row, and when it was seen first.
     oldest: Mutex<Option<(i64, Instant)>>,
 }
@@ -112,7 +110,6 @@ impl SqliteStore {
             reader: Mutex::default(),
             reading: AtomicUsize::new(0),
             is_closed: AtomicBool::new(false),
-            rival: OnceLock::new(),
             oldest: Mutex::default(),
         })
     }
@@ -478,10 +475,6 @@ impl Store for SqliteStore {
 
     fn shortage(&self) -> Option<String> {
         self.shared.room.shortage()
-    }
-
-    fn rival(&self) -> Option<String> {
-        self.shared.rival.get().cloned()
     }
 
     fn hangs(&self) -> Option<StoreError> {

@@ -54,7 +54,6 @@ mod migrate;
 mod model;
 mod operate;
 mod outage;
-mod owners;
 mod package;
 mod postgres_store;
 mod probes;

@@ -56,8 +56,6 @@ pub(super) fn findings(
     }
     if facts.file.is_some() {
         findings.push(private(about, &shown, &facts));
-        findings.extend(strange(about, &shown, &facts));
-        findings.extend(rivals(about, &shown, &facts.served_by));
     }
     findings.extend(network(about, &facts));
     let min_free = config.queue.min_free;
@@ -93,11 +91,6 @@ struct Facts {
     written_ahead: Duration,
     /// What was saved when it was taken away while in use.
     saved: Vec<String>,
-    directory_owner: u32,
-    /// Of it and what lies beside it, those that are not its directory's owner's.
-    strange: Vec<String>,
-    /// Processes of ours that have it open.
-    served_by: Vec<u32>,
 }
 
 #[derive(Debug)]
@@ -137,9 +130,6 @@ impl Facts {
             written_ahead: written_ahead(&[path, Path::new(&wal)]),
             wal_bytes: fs::metadata(&wal).map_or(0, |metadata| metadata.len()),
             saved: saved_beside(path, &directory),
-            directory_owner: fs::metadata(&directory).map_or(0, |metadata| metadata.uid()),
-            strange: of_others(path, &directory),
-            served_by: served_by(path),
         }
     }
 }
@@ -161,75 +151,6 @@ fn saved_beside(path: &Path, directory: &Path) -> Vec<String> {
     let mut saved: Vec<String> = names.filter(|name| name.starts_with(&prefix)).collect();
     saved.sort();
     saved
-}
-
-/// Names of the file and of what the program puts beside it that belong to others than the
-/// directory.
-fn of_others(path: &Path, directory: &Path) -> Vec<String> {
-    let Ok(owner) = fs::metadata(directory).map(|metadata| metadata.uid()) else {
-        return Vec::new();
-    };
-    let beside = ["", "-wal", "-shm", "-lock", "-reserve"].map(|suffix| {
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(suffix);
-        name
-    });
-    let is_strange = |name: &&std::ffi::OsString| {
-        fs::metadata(directory.join(name)).is_ok_and(|file| file.uid() != owner)
-    };
-    let strange = beside.iter().filter(is_strange);
-    strange
-        .map(|name| name.to_string_lossy().into_owned())
-        .collect()
-}
-
-/// Processes of this program that have the file open, as far as the system tells this user.
-fn served_by(path: &Path) -> Vec<u32> {
-    let Ok(file) = fs::metadata(path) else {
-        return Vec::new();
-    };
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let has_it = |pid: &u32| {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))
-            .into_iter()
-            .flatten()
-            .flatten();
-        let mut opened = descriptors.filter_map(|entry| fs::metadata(entry.path()).ok());
-        name.trim_end() == env!("CARGO_PKG_NAME")
-            && opened.any(|opened| (opened.dev(), opened.ino()) == (file.dev(), file.ino()))
-    };
-    let own = std::process::id();
-    pids.filter(|pid| *pid != own).filter(has_it).collect()
-}
-
-fn strange(about: &'static str, path: &str, facts: &Facts) -> Option<Finding> {
-    // Root may write all.
-    let owner = facts.directory_owner;
-    if facts.strange.is_empty() || owner == 0 {
-        return None;
-    }
-    let names = facts.strange.join(", ");
-    Some(Finding::warning(
-        about,
-        format!(
-            "{names}: not of user {owner}, whose directory it is: a service that runs as that one may not \
-             write it"
-        ),
-        format!("chown --reference=\"$(dirname {path})\" {path}*"),
-    ))
-}
-
-fn rivals(about: &'static str, path: &str, served_by: &[u32]) -> Option<Finding> {
-    (served_by.len() > 1).then(|| {
-        let pids: Vec<String> = served_by.iter().map(u32::to_string).collect();
-        Finding::error(
-            about,
-            format!("{path} is in use by several processes of this program: {}", pids.join(", ")),
-            "end all but one: a SQLite queue is for one instance; give each a file of its own, or use Postgres",
-        )
-    })
 }
 
 fn stuck(about: &'static str, path: &str) -> Finding {
@@ -269,8 +190,7 @@ fn private(about: &'static str, path: &str, facts: &Facts) -> Finding {
             format!("mode {:04o}: others may read what senders sent", file.mode),
             format!("chmod 600 {path}*"),
         ),
-        // Root may be there to look after a service.
-        Some(file) if file.owner != facts.own_user && facts.own_user != 0 => Finding::warning(
+        Some(file) if file.owner != facts.own_user => Finding::warning(
             about,
             format!(
                 "it belongs to user {}, this is {}",
@@ -403,34 +323,10 @@ mod tests {
         assert_eq!(usable(&facts(file(0o600, 0, false))), Level::Error);
         assert_eq!(usable(&Facts::default()), Level::Error);
         assert_eq!(stuck("a", "path").level, Level::Error);
-        let private = |mode, owner, own_user| {
-            let facts = Facts {
-                own_user,
-                ..facts(file(mode, owner, true))
-            };
-            private("a", "path", &facts).level
-        };
-        assert_eq!(private(0o600, 5, 5), Level::Ok);
-        assert_eq!(private(0o644, 5, 5), Level::Warning);
-        assert_eq!(private(0o600, 1, 5), Level::Warning);
-        // Root looks after a service.
-        assert_eq!(private(0o600, 1, 0), Level::Ok);
-    }
-
-    #[test]
-    fn whose_the_files_are_and_who_uses_them_is_judged() {
-        let of = |directory_owner, strange: &[&str]| Facts {
-            directory_owner,
-            strange: strange.iter().map(|name| (*name).to_owned()).collect(),
-            ..Facts::default()
-        };
-        let level = |facts: &Facts| strange("a", "path", facts).map(|finding| finding.level);
-        assert_eq!(level(&of(5, &[])), None);
-        assert_eq!(level(&of(5, &["q-wal"])), Some(Level::Warning));
-        assert_eq!(level(&of(0, &["q"])), None);
-        let level = |pids: &[u32]| rivals("a", "path", pids).map(|finding| finding.level);
-        assert_eq!((level(&[]), level(&[1])), (None, None));
-        assert_eq!(level(&[1, 2]), Some(Level::Error));
+        let private = |mode, owner| private("a", "path", &facts(file(mode, owner, true))).level;
+        assert_eq!(private(0o600, 0), Level::Ok);
+        assert_eq!(private(0o644, 0), Level::Warning);
+        assert_eq!(private(0o600, 1), Level::Warning);
     }
 
     #[test]

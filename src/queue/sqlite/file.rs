@@ -7,8 +7,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rusqlite::{Connection, ErrorCode, MAIN_DB, OpenFlags, TransactionBehavior, params};
-use rustix::fs::{Access, access};
-use rustix::io::Errno;
 
 use super::super::StoreError;
 use super::super::migrate::{self, Policy, Step, Version};
@@ -237,15 +235,7 @@ impl Shared {
         let file = open()
             .map_err(|error| StoreError::Unavailable(format!("{}: {error}", path.display())))?;
         let Some(file) = lock(file) else {
-            let who = match holder(&path) {
-                Some(pid) => format!("another process ({pid})"),
-                None => "another process".to_owned(),
-            };
-            let rival = format!("{who} serves {} as well", self.path.display());
-            log::warn!(
-                "{rival}: its leases are left alone, and what it has claimed when it ends is not taken over; give each a file of its own"
-            );
-            let _ = self.rival.set(rival);
+            log::warn!(path:% = path.display(); "another process uses this queue: its leases are left alone");
             return Ok(Ownership::Others);
         };
         let now = self.now_ms();
@@ -358,67 +348,6 @@ impl Shared {
     }
 }
 
-/// Which process has a file locked, as far as the system tells (proc_locks(5)).
-fn holder(path: &Path) -> Option<u32> {
-    let inode = path.metadata().ok()?.ino().to_string();
-    let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    let locks = locks
-        .lines()
-        .map(|line| line.split_whitespace().collect::<Vec<_>>());
-    // Number, kind, whether it binds, what for, process, device and inode.
-    let is_it = |fields: &Vec<&str>| {
-        fields.get(1) == Some(&"FLOCK")
-            && fields.get(5).and_then(|file| file.rsplit(':').next()) == Some(&inode)
-    };
-    locks
-        .filter(is_it)
-        .find_map(|fields| fields.get(4)?.parse().ok())
-}
-
-/// Why a file that is there cannot be served, if its rights are the reason: whose it is, and how to
-/// mend that. Not for a file system that is read-only, which may change.
-pub fn not_ours(path: &Path) -> Option<String> {
-    let file = path.metadata().ok()?;
-    let directory = directory(path);
-    let beside = ["-wal", "-shm"].map(|suffix| beside(path, suffix));
-    let files = std::iter::once(path).chain(beside.iter().map(PathBuf::as_path));
-    let denied = |path: &Path, wanted| access(path, wanted) == Err(Errno::ACCESS);
-    let denied_file = files
-        .filter(|path| path.exists())
-        .find(|path| denied(path, Access::READ_OK | Access::WRITE_OK));
-    let (what, owner) = match denied_file {
-        Some(denied) => (
-            denied.to_owned(),
-            denied.metadata().map_or(file.uid(), |it| it.uid()),
-        ),
-        None if denied(directory, Access::WRITE_OK | Access::EXEC_OK) => {
-            (directory.to_owned(), directory.metadata().ok()?.uid())
-        }
-        None => return None,
-    };
-    let we = rustix::process::geteuid().as_raw();
-    let mend = match what == directory {
-        true => format!("chown {we} {}", directory.display()),
-        false => format!(
-            "chown --reference={} {}*, or to the user that the program runs as",
-            directory.display(),
-            path.display()
-        ),
-    };
-    Some(format!(
-        "{} belongs to user {owner}, and may not be written by user {we}, which this runs as: {mend}",
-        what.display()
-    ))
-}
-
-/// Where a file lies.
-pub(super) fn directory(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
 /// Locks a file, if nobody has it locked. One who is just ending is waited for.
 fn lock(file: File) -> Option<File> {
     for _ in 0..LOCK_TRIES {
@@ -442,8 +371,7 @@ pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Creates the file if it is not there, for the eyes of this user only: requests carry
-/// secrets. What SQLite puts beside it inherits this. Made by root, it gets its directory's owner, who
-/// is to serve it. Tells whether it was not there.
+/// secrets. What SQLite puts beside it inherits this. Tells whether it was not there.
 pub(super) fn create_private(path: &Path) -> io::Result<bool> {
     use std::os::unix::fs::OpenOptionsExt;
     let created = std::fs::OpenOptions::new()
@@ -452,13 +380,7 @@ pub(super) fn create_private(path: &Path) -> io::Result<bool> {
         .mode(0o600)
         .open(path);
     match created {
-        Ok(file) => {
-            if rustix::process::geteuid().is_root() {
-                let owner = directory(path).metadata()?;
-                std::os::unix::fs::fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
-            }
-            Ok(true)
-        }
+        Ok(_) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         Err(error) => Err(error),
     }

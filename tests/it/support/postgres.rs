@@ -164,13 +164,13 @@ pub(super) fn run_until_we_end(script: &str, arguments: &[&Path]) -> Child {
 }
 
 /// Makes `path` the server account's.
-pub fn give_to_server_account(path: &Path) {
+pub(super) fn give_to_server_account(path: &Path) {
     if let Some((user, group)) = server_account() {
         chown(path, Some(user), Some(group)).expect("chown");
     }
 }
 
-pub fn as_server_account(command: &mut Command) {
+fn as_server_account(command: &mut Command) {
     if let Some((user, group)) = server_account() {
         command.uid(user).gid(group);
     }

@@ -187,10 +187,6 @@ impl Proxy {
         }
     }
 
-    pub fn pid(&self) -> u32 {
-        self.process.pid()
-    }
-
     /// What it takes of the system.
     pub fn usage(&self) -> Usage {
         Usage::of(self.process.pid())
