@@ -125,40 +125,25 @@ impl Control {
             return page(503, "shutting down\n");
         }
         let admission = &self.intake.admission;
-        // What keeps senders from being answered comes first.
-        let (mut is_ready, mut notes) = (true, Vec::new());
-        let shortage = admission.shortage();
-        match (self.health.fault(), shortage) {
-            (None, None) => {}
-            (None, Some(shortage)) => {
-                is_ready = admission.has_direct_room() && !admission.stores_all();
-                notes.push(match is_ready {
-                    true => format!("nothing more is stored: {shortage}"),
-                    false => shortage,
-                });
+        let Some(fault) = self.health.fault() else {
+            if let Some(shortage) = admission.shortage() {
+                return match admission.has_direct_room() && !admission.stores_all() {
+                    true => page(200, format!("ok, but nothing more is stored: {shortage}\n")),
+                    false => page(503, format!("{shortage}\n")),
+                };
             }
-            (Some(fault), None) if admission.has_spool() => {
-                notes.push(format!("requests go to the spool: {fault}"));
-            }
-            (Some(fault), _) => {
-                is_ready = admission.has_direct_room();
-                notes.push(match is_ready {
-                    true => format!("nothing can be stored: {fault}"),
-                    false => fault.to_string(),
-                });
-            }
-        }
-        if self.destination.is_paused() {
-            notes.push("the queue is paused".to_owned());
-        }
-        if let Some(fault) = self.destination.fault() {
-            notes.push(format!("the destination is down: {fault}"));
-        }
-        let notes = notes.join("; ");
-        match is_ready {
-            true if notes.is_empty() => page(200, "ok\n"),
-            true => page(200, format!("ok, but {notes}\n")),
-            false => page(503, format!("{notes}\n")),
+            return match self.destination.fault() {
+                None if self.destination.is_paused() => page(200, "ok, but the queue is paused\n"),
+                None => page(200, "ok\n"),
+                Some(fault) => page(200, format!("ok, but the destination is down: {fault}\n")),
+            };
+        };
+        if admission.has_spool() && admission.shortage().is_none() {
+            page(200, format!("ok, but requests go to the spool: {fault}\n"))
+        } else if admission.has_direct_room() {
+            page(200, format!("ok, but nothing can be stored: {fault}\n"))
+        } else {
+            page(503, format!("{fault}\n"))
         }
     }
 }

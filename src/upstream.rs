@@ -17,7 +17,6 @@ mod tls;
 mod transport;
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -100,17 +99,6 @@ impl Upstream {
     #[must_use]
     pub fn with_host(self, host: Host) -> Upstream {
         Upstream { host, ..self }
-    }
-
-    /// Connects, for TLS with the handshake, and sends nothing. Returns the address that accepted.
-    ///
-    /// # Errors
-    /// Why it cannot be reached, in a few words.
-    pub fn reach(&self) -> Result<SocketAddr, String> {
-        let deadline = Instant::now().checked_add(self.request_timeout);
-        let connected = self.connect.connect(&self.resolver, deadline);
-        let line = connected.map_err(|error| describe(&error))?;
-        Ok(line.socket().address())
     }
 
     /// From their next request on, all clients of this one are clients of `newer`.

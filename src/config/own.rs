@@ -107,7 +107,7 @@ pub fn check(remote: &RemoteUrl, listeners: &[Listener]) -> Result<(), OwnAddres
 }
 
 /// Where `remote` is to be found: its host, without the brackets of an IPv6 address, and its port.
-fn host_and_port(remote: &RemoteUrl) -> (String, u16) {
+pub fn host_and_port(remote: &RemoteUrl) -> (String, u16) {
     let default_port = match remote.scheme == Scheme::HTTPS {
         true => 443,
         false => 80,

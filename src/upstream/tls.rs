@@ -64,10 +64,7 @@ fn shake_hands(
             (client.read_tls(&mut socket), PollFlags::IN)
         };
         match done {
-            Ok(0) => {
-                let why = "closed during the TLS handshake: it may not speak TLS";
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why).into());
-            }
+            Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 socket.wait(flag, deadline, timeout.reason)?;
                 continue;
@@ -77,20 +74,10 @@ fn shake_hands(
         if let Err(error) = client.process_new_packets() {
             // Best effort: tells the other side why.
             let _ = client.write_tls(&mut socket);
-            return Err(io::Error::new(io::ErrorKind::InvalidData, described(error)).into());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, error).into());
         }
     }
     Ok(())
-}
-
-/// What is no TLS at all is told in words; all else says what it is by itself.
-fn described(error: rustls::Error) -> Box<dyn std::error::Error + Send + Sync> {
-    match error {
-        rustls::Error::InvalidMessage(_) => {
-            "it does not speak TLS: proxy.remote_url may have to begin with http://".into()
-        }
-        error => error.into(),
-    }
 }
 
 /// A connection over which TLS is spoken.

@@ -295,27 +295,6 @@ fn a_pause_holds_everything(route: Route) {
     destination.wait_for_numbers(5, PATIENCE);
     proxy.stop();
 }
-/// All that stands in the way is told, not the first of it.
-#[test]
-fn a_pause_is_told_while_the_destination_is_down() {
-    let destination = Destination::down();
-    let setup = Route::Sqlite
-        .to(&destination)
-        .set("proxy.breaker_failures", 1);
-    let proxy = setup.start();
-    proxy.accept(0..3);
-    queue(&setup, &["pause"]);
-    let mut told = String::new();
-    wait_until("both", || {
-        let answer = http::get(proxy.control, "/readyz");
-        assert_eq!(answer.status, 200);
-        told = answer.text();
-        told.starts_with("ok, but the queue is paused; the destination is down: ")
-    });
-    assert!(told.ends_with("refused (os error 111)\n"), "{told}");
-    proxy.stop();
-}
-
 on_routes!(a_pause_holds_everything: direct Direct, sqlite Sqlite, postgres Postgres, stored_first PostgresFirst);
 
 fn the_status_is_told_with_and_without_an_instance(route: Route) {

@@ -1,7 +1,7 @@
 //! TLS to the destination: who is trusted, what is shown to it, and why a failed attempt failed.
 
 use std::io::{BufReader, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -163,71 +163,6 @@ fn an_untrusted_destination_is_a_failed_attempt_that_says_why() {
     ] {
         assert_fails(&trusting(&url, authority), why);
     }
-}
-
-/// Connects as the program does, and tells what an attempt would meet.
-#[test]
-fn doctor_makes_the_handshake_and_says_what_fails() {
-    let (ours, others) = (Authority::new("ours"), Authority::new("others"));
-    let good = Secure::start(&ours.issue("server", "DNS:localhost", 2), None);
-    let expired = Secure::start(&ours.issue("expired", "DNS:localhost", -1), None);
-    let plain = plain();
-    let plain_url = format!("https://{plain}");
-    for (url, authority, status, found) in [
-        (
-            good.url("localhost"),
-            &ours,
-            0,
-            "and its certificate is trusted",
-        ),
-        (good.url("localhost"), &others, 1, "UnknownIssuer"),
-        (good.url("127.0.0.1"), &ours, 1, "not valid for name"),
-        (expired.url("localhost"), &ours, 1, "Expired"),
-        (plain_url, &ours, 1, "it does not speak TLS"),
-    ] {
-        let output = trusting(&url, authority)
-            .command()
-            .args(["doctor", "--json"])
-            .output();
-        let output = output.unwrap();
-        let findings: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
-        let finding = findings.iter().find(|finding| {
-            finding["about"] == "proxy.remote_url"
-                && finding["found"].as_str().unwrap().contains(found)
-        });
-        let level = finding.unwrap_or_else(|| panic!("{found}: {findings:#?}"))["level"].clone();
-        assert_eq!(level, if status == 0 { "ok" } else { "error" }, "{found}");
-    }
-}
-
-/// One that takes a handshake for a bad request, as servers do.
-fn plain() -> SocketAddr {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let address = listener.local_addr().unwrap();
-    thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let _ = stream.read(&mut [0; 4096]);
-            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
-        }
-    });
-    address
-}
-
-#[test]
-fn the_wrong_scheme_is_told_in_words() {
-    let authority = Authority::new("ours");
-    let setup = trusting(&format!("https://{}", plain()), &authority);
-    assert_fails(
-        &setup,
-        "it does not speak TLS: proxy.remote_url may have to begin with http://",
-    );
-    let secure = Secure::start(&authority.issue("server", "DNS:localhost", 2), None);
-    let setup = Setup::new(&secure.url("localhost").replace("https://", "http://"));
-    assert_fails(
-        &setup,
-        "it speaks TLS: proxy.remote_url must begin with https://",
-    );
 }
 
 #[test]

@@ -1,15 +1,18 @@
 //! The destination, and an instance that may be running here.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use super::{Finding, PATIENCE, within};
-use crate::config::own::{self, Listener, OwnAddress};
-use crate::config::{Bind, Config};
+use crate::config::own::{self, Listener, OwnAddress, host_and_port};
+use crate::config::{Bind, Config, RemoteUrl};
 use crate::printable;
-use crate::upstream::{self, Upstream};
+use crate::upstream;
+
+/// Addresses of one name that are tried.
+const ADDRESSES_MAX: usize = 4;
 
 pub(super) fn findings(config: &Config) -> Vec<Finding> {
     let remote = &config.proxy.remote_url;
@@ -20,7 +23,7 @@ pub(super) fn findings(config: &Config) -> Vec<Finding> {
     ];
     let destination = match own::check(remote, &listeners) {
         Err(own) => itself(&shown, &own),
-        Ok(()) => destination(&shown, reach(config)),
+        Ok(()) => destination(&shown, reach(remote)),
     };
     let answer = asked(&config.metrics.bind);
     let mut findings = vec![destination];
@@ -60,14 +63,30 @@ fn store(status: &Value) -> Option<Finding> {
     ))
 }
 
-/// Connects as the program does, for https with the handshake; sends nothing.
-fn reach(config: &Config) -> Result<(SocketAddr, Duration), String> {
-    let proxy = &config.proxy;
-    let upstream = Upstream::new(proxy.remote_url.clone(), PATIENCE, proxy.tls.clone());
-    let began = Instant::now();
-    let reached = within(2 * PATIENCE, move || upstream.reach());
-    let reached = reached.unwrap_or_else(|| Err(format!("no answer within {:?}", 2 * PATIENCE)));
-    reached.map(|address| (address, began.elapsed()))
+/// Resolves and connects; sends nothing.
+fn reach(remote: &RemoteUrl) -> Result<(SocketAddr, Duration), String> {
+    let (host, port) = host_and_port(remote);
+    let resolved = within(PATIENCE, move || {
+        let addresses = (host.as_str(), port).to_socket_addrs();
+        addresses.map(|addresses| addresses.take(ADDRESSES_MAX).collect::<Vec<_>>())
+    });
+    let addresses = resolved
+        .ok_or_else(|| format!("its name is not resolved within {PATIENCE:?}"))?
+        .map_err(|error| format!("its name is not resolved: {error}"))?;
+    let deadline = Instant::now() + PATIENCE;
+    let mut last = "its name has no address".to_owned();
+    for address in addresses {
+        let began = Instant::now();
+        let left = deadline.saturating_duration_since(began);
+        if left.is_zero() {
+            break;
+        }
+        match TcpStream::connect_timeout(&address, left) {
+            Ok(_) => return Ok((address, began.elapsed())),
+            Err(error) => last = format!("{address}: {error}"),
+        }
+    }
+    Err(last)
 }
 
 fn itself(shown: &str, own: &OwnAddress) -> Finding {
@@ -84,24 +103,12 @@ fn itself(shown: &str, own: &OwnAddress) -> Finding {
 fn destination(shown: &str, reached: Result<(SocketAddr, Duration), String>) -> Finding {
     const ABOUT: &str = "proxy.remote_url";
     match reached {
-        Ok((address, took)) => {
-            let tls = match shown.starts_with("https:") {
-                true => " and its certificate is trusted",
-                false => "",
-            };
-            Finding::ok(
-                ABOUT,
-                format!(
-                    "{shown} accepts connections on {address}{tls}, after {:.1} ms; nothing was sent",
-                    took.as_secs_f64() * 1000.0
-                ),
-            )
-        }
-        Err(error) if error.contains("certificate") => Finding::error(
+        Ok((address, took)) => Finding::ok(
             ABOUT,
-            format!("{shown} is not trusted: {error}"),
-            "name its authority with proxy.ca_file, the host as its certificate has it, or have the \
-             certificate renewed; requests wait in the queue meanwhile",
+            format!(
+                "{shown} accepts connections on {address}, after {:.1} ms; nothing was sent",
+                took.as_secs_f64() * 1000.0
+            ),
         ),
         Err(error) => Finding::error(
             ABOUT,

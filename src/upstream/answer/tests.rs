@@ -319,20 +319,3 @@ proptest! {
         }
     }
 }
-
-/// However its bytes come.
-#[test]
-fn a_destination_that_speaks_tls_says_so_with_an_alert() {
-    for parts in [
-        &[&[21, 3, 1, 0, 2, 2, 70][..]][..],
-        &[&[21], &[3], &[1, 0, 2, 2, 70]],
-    ] {
-        let mut reader = Reader::new(false);
-        let mut input = Vec::new();
-        let read = parts.iter().map(|part| {
-            input.extend_from_slice(part);
-            reader.read(&input)
-        });
-        assert_eq!(read.last(), Some(Err(Fault::Tls)));
-    }
-}
