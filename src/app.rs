@@ -22,7 +22,8 @@ use socket2::Socket;
 
 use crate::config::own::{self, Listener, OwnAddress};
 use crate::config::{
-    Acceptor, Bind, Change, Config, ConfigError, Listening, RemoteUrl, handed_over, shown_address,
+    Acceptor, Bind, Change, Config, ConfigError, Database, Listening, RemoteUrl, handed_over,
+    shown_address,
 };
 use crate::descriptors;
 use crate::drain::Drain;
@@ -31,9 +32,10 @@ use crate::logger;
 use crate::printable;
 use crate::queue::StoreError;
 use crate::queue::health::StoreHealth;
+use crate::queue::sqlite::owner::not_writable;
 use crate::request::Mark;
 use crate::systemd::Notifier;
-use crate::thread::Threads;
+use crate::thread::{Threads, spawn_brief};
 use crate::worker::Shared;
 pub use stage::visited_store;
 use stage::{Tunables, upstream};
@@ -55,6 +57,8 @@ pub enum RunError {
     },
     /// The destination is one of our own listeners.
     Own(OwnAddress),
+    /// A file of the queue's is there, and not ours to write.
+    NotWritable { setting: &'static str, why: String },
     /// The system gave no thread, signal handler or the like.
     Start { what: String, error: io::Error },
     /// A thread ended that should not have.
@@ -81,6 +85,7 @@ impl fmt::Display for RunError {
                 }
             }
             RunError::Own(own) => own.fmt(f),
+            RunError::NotWritable { setting, why } => write!(f, "{setting}: {why}"),
             RunError::Start { what, error } => write!(f, "cannot start {what}: {error}"),
             RunError::Thread(name) => write!(f, "thread {name} ended unexpectedly"),
             RunError::Lost(count) => write!(
@@ -147,6 +152,7 @@ impl App {
     /// # Errors
     /// [`RunError`].
     pub fn start(config: Config, threads: Threads, stop: Receiver<i32>) -> Result<App, RunError> {
+        check_files(&config)?;
         let (intake, control) = listen_on_both(&config)?;
         let own = [
             Listener::of_socket("server.bind", &intake.socket),
@@ -271,6 +277,26 @@ fn cannot_start(what: impl Into<String>) -> impl FnOnce(io::Error) -> RunError {
         what: what.into(),
         error,
     }
+}
+
+/// A file that is there and not ours to write stays so until somebody mends it. All else that keeps a
+/// store from working may pass.
+fn check_files(config: &Config) -> Result<(), RunError> {
+    let queue = match &config.db.database {
+        Database::Sqlite(path) => Some(("db.connection_string", path)),
+        Database::Postgres(_) => None,
+    };
+    let spool = config.db.spool.as_ref().map(|path| ("db.spool", path));
+    for (setting, path) in queue.into_iter().chain(spool) {
+        let (path, (tell, told)) = (path.clone(), bounded(1));
+        let look = move || drop(tell.send(not_writable(&path)));
+        spawn_brief("files", look).map_err(cannot_start("thread files"))?;
+        // Of a disk that hangs nothing is known; whoever uses it will see.
+        if let Ok(Some(why)) = told.recv_timeout(config.db.timeout) {
+            return Err(RunError::NotWritable { setting, why });
+        }
+    }
+    Ok(())
 }
 
 /// What tells this program from another that requests may come through as well: where it runs, where

@@ -6,6 +6,7 @@ mod file;
 mod finding;
 mod machine;
 mod outside;
+mod owner;
 mod postgres;
 mod settings;
 

@@ -121,6 +121,11 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// [`StoreError`].
     fn sample(&self) -> Result<Sample, StoreError>;
 
+    /// Which other process serves it, too, though it is for one only, if so.
+    fn other_process(&self) -> Option<String> {
+        None
+    }
+
     /// Whether other instances may serve it, too: then each has to [`beat`](Store::beat).
     fn is_shared(&self) -> bool {
         false

@@ -62,6 +62,11 @@ impl Spool {
         self.file.shortage()
     }
 
+    /// As [`Store::other_process`].
+    pub fn other_process(&self) -> Option<String> {
+        self.file.other_process()
+    }
+
     /// As [`Store::close`].
     ///
     /// # Errors

@@ -9,7 +9,9 @@ mod disk;
 mod executor;
 mod file;
 pub mod inspect;
+mod lock;
 mod operate;
+pub mod owner;
 mod probes;
 mod rescue;
 mod rows;
@@ -35,6 +37,7 @@ use crate::clock::Clock;
 use disk::Room;
 use executor::Executor;
 pub use file::REMEDY;
+pub use lock::server_of;
 use rows::{add_ms, sub_ms, to_ms};
 pub(super) use spooled::SpoolPosition;
 use statements::{
@@ -78,6 +81,8 @@ struct Shared {
     room: Room,
     /// Why the file is not used any more.
     fault: Mutex<Option<StoreError>>,
+    /// Another process that serves the file, too.
+    other: Mutex<Option<String>>,
     /// What a file that was taken away held is being saved.
     is_saving: AtomicBool,
     /// Counts without holding up whoever writes.
@@ -106,6 +111,7 @@ impl SqliteStore {
             ahead_ms: OnceLock::new(),
             pause_max: Arc::default(),
             fault: Mutex::default(),
+            other: Mutex::default(),
             is_saving: AtomicBool::new(false),
             reader: Mutex::default(),
             reading: AtomicUsize::new(0),
@@ -305,6 +311,11 @@ impl Shared {
         *fault = Some(StoreError::Damaged(why));
     }
 
+    /// Notes which other process serves the file, or that none does.
+    fn note_other(&self, other: Option<String>) {
+        *self.other.lock().unwrap_or_else(PoisonError::into_inner) = other;
+    }
+
     /// Now, as whoever serves the file has it.
     fn now_ms(&self) -> i64 {
         let now = to_ms(self.clock.now());
@@ -313,7 +324,7 @@ impl Shared {
             false => now.saturating_add(
                 *self
                     .ahead_ms
-                    .get_or_init(|| file::ahead_of_system(&self.path)),
+                    .get_or_init(|| lock::ahead_of_system(&self.path)),
             ),
         }
     }
@@ -475,6 +486,14 @@ impl Store for SqliteStore {
 
     fn shortage(&self) -> Option<String> {
         self.shared.room.shortage()
+    }
+
+    fn other_process(&self) -> Option<String> {
+        let other = self.shared.other.lock();
+        let other = other.unwrap_or_else(PoisonError::into_inner).clone()?;
+        Some(format!(
+            "{other}, too: stop it, or give each instance a file of its own"
+        ))
     }
 
     fn hangs(&self) -> Option<StoreError> {

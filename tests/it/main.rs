@@ -54,6 +54,7 @@ mod migrate;
 mod model;
 mod operate;
 mod outage;
+mod owner;
 mod package;
 mod postgres_store;
 mod probes;

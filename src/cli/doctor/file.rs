@@ -2,15 +2,17 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Access, access, statfs, statvfs};
 use rustix::process::geteuid;
 
+use super::owner::{self, Owners};
 use super::{Doctor, Finding, PATIENCE, size, within};
 use crate::config::Config;
 use crate::queue::migrate::{Policy, Version};
+use crate::queue::sqlite::owner::directory_of;
 use crate::queue::sqlite::{REMEDY, SqliteStore, inspect};
 
 /// Beyond what file systems and clocks are inexact.
@@ -56,6 +58,7 @@ pub(super) fn findings(
     }
     if facts.file.is_some() {
         findings.push(private(about, &shown, &facts));
+        findings.extend(owner::finding(about, &facts.owners, facts.own_user));
     }
     findings.extend(network(about, &facts));
     let min_free = config.queue.min_free;
@@ -83,6 +86,7 @@ struct Facts {
     /// Files can be made and changed in its directory.
     has_directory: bool,
     own_user: u32,
+    owners: Owners,
     network: Option<&'static str>,
     /// Bytes, for users without special rights.
     free: Option<u64>,
@@ -103,10 +107,7 @@ struct File {
 
 impl Facts {
     fn gather(path: &Path) -> Facts {
-        let directory = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-            _ => PathBuf::from("."),
-        };
+        let directory = directory_of(path).to_owned();
         let mut wal = path.as_os_str().to_owned();
         wal.push("-wal");
         let file = fs::metadata(path).ok().map(|metadata| File {
@@ -123,6 +124,7 @@ impl Facts {
             file,
             has_directory: access(&directory, Access::WRITE_OK | Access::EXEC_OK).is_ok(),
             own_user: geteuid().as_raw(),
+            owners: Owners::gather(path),
             network: magic.and_then(known).map(|(_, name)| *name),
             free: statvfs(&directory)
                 .ok()
@@ -179,7 +181,14 @@ fn usable(about: &'static str, path: &str, facts: &Facts) -> Finding {
             format!("{path} cannot be read and written by this user"),
             format!("chown it to the user that the program runs as, and chmod 600 {path}"),
         ),
-        Some(_) => Finding::ok(about, format!("{path} can be read and written")),
+        Some(_) => match facts.owners.inaccessible() {
+            Some(path) => Finding::error(
+                about,
+                format!("{path} cannot be read and written by this user"),
+                format!("chown it to the user that the program runs as, and chmod 600 {path}"),
+            ),
+            None => Finding::ok(about, format!("{path} can be read and written")),
+        },
     }
 }
 
@@ -190,7 +199,8 @@ fn private(about: &'static str, path: &str, facts: &Facts) -> Finding {
             format!("mode {:04o}: others may read what senders sent", file.mode),
             format!("chmod 600 {path}*"),
         ),
-        Some(file) if file.owner != facts.own_user => Finding::warning(
+        // Root may be anybody, see `owner`.
+        Some(file) if facts.own_user != 0 && file.owner != facts.own_user => Finding::warning(
             about,
             format!(
                 "it belongs to user {}, this is {}",
@@ -326,7 +336,12 @@ mod tests {
         let private = |mode, owner| private("a", "path", &facts(file(mode, owner, true))).level;
         assert_eq!(private(0o600, 0), Level::Ok);
         assert_eq!(private(0o644, 0), Level::Warning);
-        assert_eq!(private(0o600, 1), Level::Warning);
+        assert_eq!(private(0o600, 1), Level::Ok, "as root sees it");
+        let foreign = Facts {
+            own_user: 2,
+            ..facts(file(0o600, 1, true))
+        };
+        assert_eq!(super::private("a", "path", &foreign).level, Level::Warning);
     }
 
     #[test]

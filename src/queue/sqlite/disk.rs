@@ -14,7 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
 use rustix::io::Errno;
 
-use super::file::{beside, create_private};
+use super::file::beside;
+use super::owner::{create_private, directory_of};
 
 /// The reserve is this part of the disk, and no more than so many bytes.
 const RESERVE_PART: u64 = 8;
@@ -89,10 +90,7 @@ pub(super) struct Disk {
 
 impl Disk {
     pub(super) fn below(path: &Path) -> Disk {
-        let directory = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-            _ => PathBuf::from("."),
-        };
+        let directory = directory_of(path).to_owned();
         let total =
             statvfs(&directory).map_or(0, |disk| disk.f_blocks.saturating_mul(disk.f_frsize));
         Disk {

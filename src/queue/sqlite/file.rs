@@ -1,8 +1,6 @@
 //! The file: created for this user alone, locked by who serves it, its schema brought up to date.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -10,6 +8,8 @@ use rusqlite::{Connection, ErrorCode, MAIN_DB, OpenFlags, TransactionBehavior, p
 
 use super::super::StoreError;
 use super::super::migrate::{self, Policy, Step, Version};
+use super::lock::{self, Lock, Ownership};
+use super::owner::create_private;
 use super::rows::to_ms;
 use super::statements::{MOVE_BACK, TAKE_OVER};
 use super::writing::{Writing, with_remedy};
@@ -22,9 +22,6 @@ const READER_CACHE_KIB: i32 = 64;
 const WAL_BYTES: u64 = 16 * 1000 * 1024;
 const WAL_BYTES_KEPT: u64 = 16 * 1024 * 1024;
 const PAGE_BYTES: u64 = 4096;
-/// How often, and how soon again, the lock beside the file is tried.
-const LOCK_TRIES: u32 = 20;
-const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 const CREATE_MIGRATIONS: &str = "
     CREATE TABLE IF NOT EXISTS asyncproxy_migrations (
@@ -49,65 +46,6 @@ const WRITTEN_EXACT_TO: i64 = 1000;
 /// Others than the owner.
 const OTHERS: u32 = 0o077;
 
-/// Whose a file is.
-#[derive(Debug)]
-pub(super) enum Ownership {
-    /// It has not been opened yet.
-    Unknown,
-    Ours {
-        lock: Lock,
-    },
-    Others,
-}
-
-/// Held for as long as the file is served, which no crash outlives. What is written in it tells
-/// others how many milliseconds the clock of the one who serves is ahead of the system's.
-#[derive(Debug)]
-pub(super) struct Lock {
-    file: File,
-    ahead_ms: i64,
-}
-
-impl Lock {
-    fn path(of: &Path) -> PathBuf {
-        beside(of, "-lock")
-    }
-
-    /// Nothing happens if that is known.
-    pub(super) fn note_ahead(&mut self, ahead_ms: i64) {
-        if ahead_ms == self.ahead_ms {
-            return;
-        }
-        let text = match ahead_ms {
-            0 => String::new(),
-            ms => format!("{ms}\n"),
-        };
-        let noted = self
-            .file
-            .set_len(0)
-            .and_then(|()| self.file.write_all_at(text.as_bytes(), 0));
-        // As good as it gets: on a full disk the next look tries again.
-        if noted.is_ok() {
-            self.ahead_ms = ahead_ms;
-        }
-    }
-
-    fn read_ahead(path: &Path) -> Option<i64> {
-        let text = std::fs::read_to_string(path).ok()?;
-        text.trim().parse().ok()
-    }
-}
-
-/// How far the clock of whoever serves a file is ahead of the system's.
-pub(super) fn ahead_of_system(path: &Path) -> i64 {
-    let path = Lock::path(path);
-    let is_served = File::open(&path).is_ok_and(|file| file.try_lock().is_err());
-    match is_served {
-        true => Lock::read_ahead(&path).unwrap_or(0),
-        false => 0,
-    }
-}
-
 /// When a file was written last, by the clock of the program that wrote it.
 fn last_written(path: &Path) -> Option<i64> {
     let written = |path: &Path| {
@@ -116,7 +54,7 @@ fn last_written(path: &Path) -> Option<i64> {
             .ok()
     };
     let last = written(path).max(written(&beside(path, "-wal")))?;
-    let ahead_ms = Lock::read_ahead(&Lock::path(path)).unwrap_or(0);
+    let ahead_ms = lock::read_ahead(path).unwrap_or(0);
     Some(to_ms(last).saturating_add(ahead_ms))
 }
 
@@ -227,15 +165,11 @@ impl Shared {
         connection: &mut Connection,
         written: Option<i64>,
     ) -> Result<Ownership, StoreError> {
-        let path = Lock::path(&self.path);
-        let open = || {
-            create_private(&path)?;
-            File::options().read(true).write(true).open(&path)
-        };
-        let file = open()
-            .map_err(|error| StoreError::Unavailable(format!("{}: {error}", path.display())))?;
-        let Some(file) = lock(file) else {
-            log::warn!(path:% = path.display(); "another process uses this queue: its leases are left alone");
+        let Some(mut lock) = Lock::take_patiently(&self.path).map_err(StoreError::Unavailable)?
+        else {
+            let why = lock::served_by(&self.path);
+            log::warn!("{why}: its leases are left alone");
+            self.note_other(Some(why));
             return Ok(Ownership::Others);
         };
         let now = self.now_ms();
@@ -257,11 +191,6 @@ impl Shared {
         };
         let mut taken = taken;
         let count = taken().map_err(|error| self.describe(&error))?;
-        let mut lock = Lock {
-            file,
-            // Unknown: whatever is written there is not true any more.
-            ahead_ms: i64::MIN,
-        };
         lock.note_ahead(0);
         if count > 0 {
             log::info!(count; "took over what was leased when the last run ended");
@@ -348,17 +277,6 @@ impl Shared {
     }
 }
 
-/// Locks a file, if nobody has it locked. One who is just ending is waited for.
-fn lock(file: File) -> Option<File> {
-    for _ in 0..LOCK_TRIES {
-        if file.try_lock().is_ok() {
-            return Some(file);
-        }
-        std::thread::sleep(LOCK_PAUSE);
-    }
-    None
-}
-
 fn signed(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
@@ -368,22 +286,6 @@ pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut beside = path.as_os_str().to_owned();
     beside.push(suffix);
     beside.into()
-}
-
-/// Creates the file if it is not there, for the eyes of this user only: requests carry
-/// secrets. What SQLite puts beside it inherits this. Tells whether it was not there.
-pub(super) fn create_private(path: &Path) -> io::Result<bool> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let created = std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path);
-    match created {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-        Err(error) => Err(error),
-    }
 }
 
 /// Opens a file for reading without leaving anything beside it. Where there is no WAL, nobody has

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, params_from_iter, types::Value};
 
 use super::SqliteStore;
-use super::file::create_private;
+use super::owner::{create_private, directory_of};
 use super::writing::saved_name;
 
 /// Numbers that are tried one by one behind a page that cannot be read, before steps get longer.
@@ -210,10 +210,7 @@ fn copy_whole(connection: &Connection, to: &Path) -> Result<(), String> {
 /// SQLite has closed it, and nobody else has it open.
 fn sync(file: &Path) -> std::io::Result<()> {
     File::open(file)?.sync_all()?;
-    match file.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => File::open(directory)?.sync_all(),
-        _ => File::open(".")?.sync_all(),
-    }
+    File::open(directory_of(file))?.sync_all()
 }
 
 fn copy_rows(connection: &Connection, to: &Path) -> Result<u64, String> {

@@ -13,7 +13,8 @@ use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior, params};
 use super::super::StoreError;
 use super::Shared;
 use super::disk::Disk;
-use super::file::{Ownership, REMEDY};
+use super::file::REMEDY;
+use super::lock::{self, Lock, Ownership};
 use super::rescue::{self, Saved};
 use super::rows::add_ms;
 use super::statements::{HAS_FAR, PULL_IN};
@@ -158,12 +159,32 @@ impl Writing {
             return self.lose(why);
         }
         self.disk.look(&shared.room);
+        self.follow_other();
         if let Ownership::Ours { lock } = &mut self.ownership {
             lock.note_ahead(shared.clock.ahead_ms());
         }
         if self.pull_in_at <= Instant::now() {
             self.pull_in_at = Instant::now() + PULL_IN_INTERVAL;
             self.pull_in();
+        }
+    }
+
+    /// When the other process that served the file has ended, this one serves it. What that had leased
+    /// waits for the end of its lease: it cannot be told from what this one has.
+    fn follow_other(&mut self) {
+        if !matches!(self.ownership, Ownership::Others) {
+            return;
+        }
+        let shared = &self.shared;
+        match Lock::take(&shared.path) {
+            Ok(Some(lock)) => {
+                log::info!(path:% = shared.path.display(); "the other process has ended: this one serves the queue");
+                self.ownership = Ownership::Ours { lock };
+                shared.note_other(None);
+            }
+            // It may be yet another.
+            Ok(None) => shared.note_other(Some(lock::served_by(&shared.path))),
+            Err(_) => {}
         }
     }
 

@@ -164,7 +164,7 @@ pub(super) fn run_until_we_end(script: &str, arguments: &[&Path]) -> Child {
 }
 
 /// Makes `path` the server account's.
-pub(super) fn give_to_server_account(path: &Path) {
+pub fn give_to_server_account(path: &Path) {
     if let Some((user, group)) = server_account() {
         chown(path, Some(user), Some(group)).expect("chown");
     }
@@ -207,7 +207,7 @@ pub fn find_server_program(name: &str) -> Option<PathBuf> {
 }
 
 /// Postgres refuses to run as root: then it runs as the account its package made.
-fn server_account() -> Option<(u32, u32)> {
+pub fn server_account() -> Option<(u32, u32)> {
     if !geteuid().is_root() {
         return None;
     }

@@ -187,6 +187,10 @@ impl Proxy {
         }
     }
 
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
     /// What it takes of the system.
     pub fn usage(&self) -> Usage {
         Usage::of(self.process.pid())
