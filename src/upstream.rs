@@ -9,6 +9,8 @@ pub mod answer;
 mod buffers;
 mod connect;
 mod exchange;
+#[cfg(feature = "tls")]
+pub mod handshake;
 mod head;
 mod resolver;
 mod retry_after;

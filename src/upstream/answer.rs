@@ -29,6 +29,8 @@ pub struct Answer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     StatusLine,
+    /// An alert of TLS instead, as whoever speaks that answers to what is none.
+    Tls,
     /// An interim answer whose end was not found.
     EndlessInterim,
     TooManyInterim,
@@ -37,6 +39,7 @@ pub enum Fault {
 impl std::fmt::Display for Fault {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Fault::Tls => "it speaks TLS: is it https://?",
             Fault::StatusLine => "answer without an HTTP/1 status line",
             Fault::EndlessInterim => "interim answer of more than 64 KiB or 256 lines",
             Fault::TooManyInterim => "more than 32 interim answers",
@@ -145,6 +148,9 @@ impl Reader {
     }
 
     fn read_line(&mut self, input: &[u8]) -> Result<usize, Fault> {
+        if self.stage == Stage::StatusLine && self.head.bytes == 0 && is_tls_alert(input) {
+            return Err(Fault::Tls);
+        }
         let end = memchr(b'\n', input);
         let (line, bytes) = match end {
             _ if self.is_skipping => (None, end.map_or(input.len(), |end| end + 1)),
@@ -270,6 +276,11 @@ impl Reader {
         };
         end + 1
     }
+}
+
+/// What an alert begins with: its kind, and the version of TLS (RFC 8446 §5.1).
+fn is_tls_alert(input: &[u8]) -> bool {
+    matches!(input, [21, 3, 0..=4, ..])
 }
 
 /// As many bytes of `input` as are still `left`.

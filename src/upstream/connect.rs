@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::Uri;
+#[cfg(feature = "tls")]
+use http::uri::Scheme;
 use ureq::config::Config;
 use ureq::unversioned::resolver::Resolver;
 use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout, time};
@@ -65,6 +67,12 @@ impl Connect {
         resolver: &CachingResolver,
         deadline: Option<Instant>,
     ) -> Result<Box<dyn Line>, Error> {
+        #[cfg(feature = "tls")]
+        if self.tls.is_none() && self.uri.scheme() == Some(&Scheme::HTTPS) {
+            // What was to be encrypted is not sent in the clear.
+            let why = "no https destination is trusted: there are no root certificates";
+            return Err(io::Error::other(why).into());
+        }
         let timeout = by(deadline, Timeout::Resolve)?;
         let addrs = resolver.resolve(&self.uri, &self.config, timeout)?;
         #[allow(unused_mut, reason = "changed for TLS only")]

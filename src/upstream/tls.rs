@@ -17,6 +17,10 @@ use super::transport::{Connection, Input, Line, await_input, deadline, or_nothin
 /// What is encrypted ahead of what the socket takes: one full record (RFC 8446 §5.1).
 const AHEAD_BYTES: usize = 16 * 1024;
 
+/// What stands before a record of TLS: its kind and the first part of its version (RFC 8446 §5.1).
+const RECORD_KINDS: std::ops::RangeInclusive<u8> = 20..=24;
+const RECORD_VERSION: u8 = 3;
+
 /// Secures connections.
 #[derive(Debug)]
 pub(super) struct Tls {
@@ -50,6 +54,51 @@ impl Connector<Connection> for Tls {
     }
 }
 
+/// The other side speaks something else.
+#[derive(Debug)]
+pub(super) struct NoTls;
+
+impl fmt::Display for NoTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("it does not speak TLS: is it http://?")
+    }
+}
+
+impl std::error::Error for NoTls {}
+
+/// Reads, and remembers what came first.
+struct Hearing<'a> {
+    socket: &'a Connection,
+    first: [u8; 2],
+    bytes: usize,
+}
+
+impl Hearing<'_> {
+    /// Whether what came is no TLS, whoever has sent it.
+    fn hears_no_tls(&self) -> bool {
+        match &self.first[..self.bytes] {
+            [] => false,
+            [kind, rest @ ..] => {
+                !RECORD_KINDS.contains(kind) || rest.first().is_some_and(|v| *v != RECORD_VERSION)
+            }
+        }
+    }
+}
+
+impl Read for Hearing<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let bytes = self.socket.read(buffer)?;
+        for byte in &buffer[..bytes] {
+            let Some(place) = self.first.get_mut(self.bytes) else {
+                break;
+            };
+            *place = *byte;
+            self.bytes += 1;
+        }
+        Ok(bytes)
+    }
+}
+
 /// Within `timeout` as a whole, however the other side trickles.
 fn shake_hands(
     client: &mut ClientConnection,
@@ -57,14 +106,26 @@ fn shake_hands(
     timeout: NextTimeout,
 ) -> Result<(), Error> {
     let deadline = deadline(timeout);
+    let mut hearing = Hearing {
+        socket,
+        first: [0; 2],
+        bytes: 0,
+    };
     while client.is_handshaking() || client.wants_write() {
         let (done, flag) = if client.wants_write() {
             (client.write_tls(&mut socket), PollFlags::OUT)
         } else {
-            (client.read_tls(&mut socket), PollFlags::IN)
+            (client.read_tls(&mut hearing), PollFlags::IN)
         };
         match done {
-            Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            Ok(0) if hearing.hears_no_tls() => return Err(no_tls()),
+            Ok(0) => {
+                let why = match hearing.bytes {
+                    0 => "connection closed before any word of TLS came: is it http://?",
+                    _ => "connection closed during the TLS handshake",
+                };
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why).into());
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 socket.wait(flag, deadline, timeout.reason)?;
                 continue;
@@ -72,12 +133,19 @@ fn shake_hands(
             done => done?,
         };
         if let Err(error) = client.process_new_packets() {
+            if hearing.hears_no_tls() {
+                return Err(no_tls());
+            }
             // Best effort: tells the other side why.
             let _ = client.write_tls(&mut socket);
             return Err(io::Error::new(io::ErrorKind::InvalidData, error).into());
         }
     }
     Ok(())
+}
+
+fn no_tls() -> Error {
+    io::Error::new(io::ErrorKind::InvalidData, NoTls).into()
 }
 
 /// A connection over which TLS is spoken.

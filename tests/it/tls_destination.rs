@@ -11,10 +11,12 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
+use serde_json::Value;
 
 use crate::support::certificates::{Authority, Issued};
+use crate::support::destination::Destination;
 use crate::support::http::{self, Kind, Message};
-use crate::support::proxy::{PATIENCE, Proxy, Setup};
+use crate::support::proxy::{PATIENCE, Proxy, Setup, wait_until};
 use crate::support::store;
 
 /// An https destination: tells the number of the connection that each request came on.
@@ -181,6 +183,169 @@ fn a_destination_that_asks_for_a_certificate_gets_it() {
     send(&proxy);
     destination.next();
     proxy.stop();
+}
+
+/// In words, wherever it is told: which of the two is meant, only the operator knows.
+#[test]
+fn a_destination_that_speaks_the_other_protocol_is_told_in_words() {
+    let authority = Authority::new("ours");
+    let secure = Secure::start(&authority.issue("server", "DNS:localhost", 2), None);
+    let no_tls = "it does not speak TLS: is it http://?";
+    let closed = "connection closed before any word of TLS came: is it http://?";
+    let saying = |words| format!("https://localhost:{}", port_of_one_who_says(words));
+    for (url, said) in [
+        (saying(NO_REQUEST), no_tls),
+        (saying("SSH-2.0-server\r\n"), no_tls),
+        // Too little to be anything.
+        (saying("H"), no_tls),
+        (saying(""), closed),
+        (
+            format!("http://localhost:{}", secure.port),
+            "it speaks TLS: is it https://?",
+        ),
+    ] {
+        let setup = trusting(&url, &authority).set("proxy.breaker_failures", 1);
+        let proxy = setup.start();
+        send(&proxy);
+        let line = proxy.wait_for_log("delivery failed");
+        assert!(line.contains(said), "{line}");
+        let mut number = 0;
+        wait_until("a breaker that is open", || {
+            number += 1;
+            proxy.accept(number..number + 1);
+            proxy.metrics().get("asyncproxy_breaker_open") == 1.0
+        });
+        for target in ["/readyz", "/status"] {
+            let text = http::get(proxy.control, target).text();
+            assert!(text.contains(said), "{text}");
+        }
+        proxy.stop();
+    }
+}
+
+/// What an HTTP server answers to what it cannot read.
+const NO_REQUEST: &str = "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n";
+
+/// The port of a server that hears something, says this, and closes.
+fn port_of_one_who_says(words: &'static str) -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for socket in listener.incoming() {
+            let mut socket = socket.unwrap();
+            // All that comes: what is unread when it closes would take back what it says.
+            let _ = socket.read(&mut [0; 16 * 1024]);
+            let _ = socket.write_all(words.as_bytes());
+        }
+    });
+    port
+}
+
+/// A machine without root certificates: what was to be encrypted is not sent in the clear.
+#[test]
+fn without_any_authority_nothing_is_sent() {
+    let plain = Destination::start();
+    let url = format!("https://localhost:{}", plain.address.port());
+    let setup = Setup::new(&url).env("SSL_CERT_FILE", "/dev/null");
+    assert_fails(&setup, "no https destination is trusted");
+    assert_eq!(plain.seen().len(), 0);
+}
+
+/// What doctor says of the destination, but that it can be reached.
+fn examined(setup: &Setup) -> (String, String, String) {
+    let output = setup.command().args(["doctor", "--json"]).output().unwrap();
+    let findings: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    let finding = findings
+        .iter()
+        .filter(|finding| finding["about"] == "proxy.remote_url")
+        .find(|finding| {
+            !finding["found"]
+                .as_str()
+                .unwrap()
+                .contains("accepts connections")
+        })
+        .unwrap_or_else(|| panic!("{findings:?}"));
+    let text = |key: &str| finding[key].as_str().unwrap_or_default().to_owned();
+    (text("level"), text("found"), text("mend"))
+}
+
+#[test]
+fn doctor_shakes_hands_with_the_certificates_of_the_settings() {
+    let (ours, others) = (Authority::new("ours"), Authority::new("others"));
+    let server = ours.issue("server", "DNS:localhost", 2);
+    let good = Secure::start(&server, None);
+    let asking = Secure::start(&server, Some(&ours.certificate()));
+    let expired = Secure::start(&ours.issue("expired", "DNS:localhost", -1), None);
+    let in_the_clear = format!("https://localhost:{}", port_of_one_who_says(NO_REQUEST));
+    let (own, foreign) = (
+        ours.issue("client", "DNS:client", 2),
+        others.issue("foreign", "DNS:client", 2),
+    );
+    let with = |setup: Setup, shown: &Issued| {
+        setup
+            .set("proxy.client_cert_file", shown.certificate.display())
+            .set("proxy.client_key_file", shown.key.display())
+    };
+    let to = |server: &Secure| trusting(&server.url("localhost"), &ours);
+    for (setup, level, found, mend) in [
+        (to(&good), "ok", "its certificate is trusted", ""),
+        (
+            with(to(&asking), &own),
+            "ok",
+            "its certificate is trusted",
+            "",
+        ),
+        (
+            to(&asking),
+            "error",
+            "is shown none",
+            "proxy.client_cert_file",
+        ),
+        (
+            with(to(&asking), &foreign),
+            "error",
+            "does not accept",
+            "proxy.client_cert_file",
+        ),
+        (
+            trusting(&in_the_clear, &ours),
+            "error",
+            "does not speak TLS: is it http://?",
+            "http://",
+        ),
+        (
+            trusting(&good.url("localhost"), &others),
+            "error",
+            "UnknownIssuer",
+            "proxy.ca_file",
+        ),
+        (
+            trusting(&good.url("127.0.0.1"), &ours),
+            "error",
+            "for other names",
+            "proxy.remote_url",
+        ),
+        (to(&expired), "error", "has expired", "renew"),
+    ] {
+        let said = examined(&setup);
+        assert_eq!(said.0, level, "{said:?}");
+        assert!(said.1.contains(found), "{said:?}");
+        assert!(said.2.contains(mend), "{said:?}");
+    }
+    assert!(good.requests.try_recv().is_err(), "nothing was sent");
+}
+
+/// Accepts, and says nothing: the handshake has its time, and no more.
+#[test]
+fn doctor_does_not_wait_for_a_destination_that_says_nothing() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let url = format!(
+        "https://localhost:{}",
+        listener.local_addr().unwrap().port()
+    );
+    let said = examined(&trusting(&url, &Authority::new("ours")));
+    assert_eq!(said.0, "error", "{said:?}");
+    assert!(said.1.contains("timeout"), "{said:?}");
 }
 
 /// Certificates are renewed in place: a hangup is enough, though no setting has changed.

@@ -3,13 +3,18 @@
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "tls")]
+use http::uri::Scheme;
 use serde_json::Value;
 
 use super::{Finding, PATIENCE, within};
 use crate::config::own::{self, Listener, OwnAddress, host_and_port};
-use crate::config::{Bind, Config, RemoteUrl};
+use crate::config::{Bind, Config, Database, Db, RemoteUrl};
 use crate::printable;
+use crate::queue::sqlite::server_of;
 use crate::upstream;
+#[cfg(feature = "tls")]
+use crate::upstream::handshake::{self, Cause, Insecure};
 
 /// Addresses of one name that are tried.
 const ADDRESSES_MAX: usize = 4;
@@ -21,15 +26,27 @@ pub(super) fn findings(config: &Config) -> Vec<Finding> {
         Listener::of_setting("server.bind", &config.server.bind),
         Listener::of_setting("metrics.bind", &config.metrics.bind),
     ];
-    let destination = match own::check(remote, &listeners) {
-        Err(own) => itself(&shown, &own),
-        Ok(()) => destination(&shown, reach(remote)),
-    };
+    let mut findings = Vec::new();
+    match own::check(remote, &listeners) {
+        Err(own) => findings.push(itself(&shown, &own)),
+        Ok(()) => {
+            let reached = reach(remote);
+            let is_reached = reached.is_ok();
+            findings.push(destination(&shown, reached));
+            if is_reached {
+                findings.extend(secured(&shown, config));
+            }
+        }
+    }
     let answer = asked(&config.metrics.bind);
-    let mut findings = vec![destination];
-    if let Answer::Instance(status) = &answer {
-        findings.extend(clock(status));
-        findings.extend(store(status));
+    match &answer {
+        Answer::Instance(status) => {
+            findings.extend(clock(status));
+            findings.extend(store(status));
+            findings.extend(other_process(status));
+        }
+        Answer::Nothing(_) => findings.extend(served_without_answer(&config.db)),
+        Answer::Strange(_) | Answer::NotAsked(_) => {}
     }
     findings.push(instance(answer));
     findings
@@ -61,6 +78,90 @@ fn store(status: &Value) -> Option<Finding> {
         format!("the instance: {found}"),
         mend,
     ))
+}
+
+/// What the instance says of another that serves the same file.
+fn other_process(status: &Value) -> Option<Finding> {
+    let other = status["store"]["other_process"].as_str()?;
+    Some(Finding::warning(
+        "store",
+        format!("the instance: {}", printable::line(other.as_bytes())),
+        "one file has one instance: stop one of them, or name another file in its db.connection_string",
+    ))
+}
+
+/// No instance answers where these settings have it, and a file of theirs is in use.
+fn served_without_answer(db: &Db) -> Option<Finding> {
+    let queue = match &db.database {
+        Database::Sqlite(path) => Some(("db.connection_string", path)),
+        Database::Postgres(_) => None,
+    };
+    let (about, path) = queue.or(db.spool.as_ref().map(|path| ("db.spool", path)))?;
+    let path = path.clone();
+    let served = within(PATIENCE, move || server_of(&path))??;
+    Some(Finding::warning(
+        about,
+        format!(
+            "{served}, and does not answer on metrics.bind: with these settings, a second one would serve it"
+        ),
+        "stop it, or give each instance a file of its own",
+    ))
+}
+
+/// A handshake with the certificates of the settings.
+#[cfg(feature = "tls")]
+fn secured(shown: &str, config: &Config) -> Option<Finding> {
+    let proxy = &config.proxy;
+    (proxy.remote_url.scheme == Scheme::HTTPS).then(|| {
+        let shaken = handshake::shake_hands(&proxy.remote_url, proxy.tls.clone(), PATIENCE);
+        handshake(shown, shaken)
+    })
+}
+
+#[cfg(not(feature = "tls"))]
+fn secured(_shown: &str, _config: &Config) -> Option<Finding> {
+    None
+}
+
+#[cfg(feature = "tls")]
+fn handshake(shown: &str, shaken: Result<(), Insecure>) -> Finding {
+    const ABOUT: &str = "proxy.remote_url";
+    let Insecure { cause, why } = match shaken {
+        Ok(()) => return Finding::ok(ABOUT, "its certificate is trusted; no request was sent"),
+        Err(insecure) => insecure,
+    };
+    let why = match cause {
+        Cause::NoTls => String::new(),
+        _ => format!(" ({why})"),
+    };
+    let (what, mend) = match cause {
+        Cause::NoTls => (
+            "does not speak TLS: is it http://?",
+            "write http:// in proxy.remote_url, or name the port that speaks TLS",
+        ),
+        Cause::UnknownIssuer => (
+            "has a certificate of an authority that is not trusted",
+            "name a PEM file with the certificate of its authority in proxy.ca_file",
+        ),
+        Cause::OtherName => (
+            "has a certificate for other names",
+            "write one of these in proxy.remote_url, or have a certificate issued for this one",
+        ),
+        Cause::Expired => ("has a certificate that has expired", "renew it"),
+        Cause::NotYetValid => (
+            "has a certificate that is not valid yet",
+            "see that both machines keep the time (chrony, systemd-timesyncd)",
+        ),
+        Cause::OwnCertificate => (
+            "does not accept the certificate it is shown, or is shown none",
+            "set proxy.client_cert_file and proxy.client_key_file to a certificate that it trusts",
+        ),
+        Cause::Other => (
+            "cannot be spoken TLS to",
+            "see what it says, and `openssl s_client` to the same host and port",
+        ),
+    };
+    Finding::error(ABOUT, format!("{shown} {what}{why}"), mend)
 }
 
 /// Resolves and connects; sends nothing.

@@ -319,3 +319,24 @@ proptest! {
         }
     }
 }
+
+/// Whoever speaks TLS answers so to a request in the clear; nothing else does.
+#[test]
+fn an_alert_of_tls_is_told_from_any_other_answer() {
+    for sizes in [&[usize::MAX][..], &[1]] {
+        let said = |bytes: &[u8]| read(bytes, sizes, false).answer;
+        for alert in [
+            &[21, 3, 1, 0, 2, 2, 40][..],
+            &[21, 3, 3, 0, 2, 1, 10],
+            &[21, 3, 0],
+        ] {
+            assert_eq!(said(alert), Err(Fault::Tls), "{alert:?}");
+        }
+        assert_eq!(said(&[21, 3]), Ok(None), "too little to know");
+        assert_eq!(said(b"\x15\x02\x01\n"), Err(Fault::StatusLine));
+        assert_eq!(said(b"\x16\x03\x01\n"), Err(Fault::StatusLine));
+        // In the place of a body it is one.
+        let answer = said(b"HTTP/1.1 200 OK\r\n\r\n\x15\x03\x01").unwrap();
+        assert_eq!(answer.map(|answer| answer.status), Some(200));
+    }
+}
