@@ -23,6 +23,8 @@ use crate::worker::{Delivery, Places};
 /// How often a stop looks whether the last admission is through.
 const CLOSE_LOOK: Duration = Duration::from_millis(1);
 
+const FULL_QUEUE: &str = "the queue holds queue.max_rows";
+
 static REFUSED: LogLimit = LogLimit::new();
 static FULL: LogLimit = LogLimit::new();
 static UNSTORABLE: LogLimit = LogLimit::new();
@@ -168,15 +170,23 @@ impl Admission {
         self.appender.has_spool()
     }
 
-    /// Why no request can be stored though the store works, if so.
+    /// Why no new request can be stored though there is something that works, if so.
     pub fn shortage(&self) -> Option<String> {
-        self.appender.shortage()
+        let is_full = || self.appender.is_full().then(|| FULL_QUEUE.to_owned());
+        self.appender.shortage().or_else(is_full)
     }
 
-    /// Whether each request is stored before it is acknowledged or sent.
+    /// Whether each request is stored before it is acknowledged or sent: as the settings have it, or
+    /// because nothing new is sent now.
     pub fn stores_all(&self) -> bool {
-        let is_closed = |bucket: &TokenBucket| bucket.is_closed();
-        self.committing.is_some() || self.enqueue().as_ref().is_some_and(is_closed)
+        let is_stored =
+            |bucket: &TokenBucket| bucket.is_closed() || !self.destination.is_open_to_new();
+        self.committing.is_some() || self.enqueue().as_ref().is_some_and(is_stored)
+    }
+
+    /// As [`Appender::other_process`].
+    pub fn other_process(&self) -> Option<String> {
+        self.appender.other_process()
     }
 
     /// Whether the next request is likely to be admitted without waiting for the store.
@@ -229,7 +239,7 @@ impl Admission {
                 self.metrics.refused.count(&self.metrics.refused.queue_full);
                 if let Some(suppressed) = FULL.allow() {
                     let why = self.shortage();
-                    let why = why.as_deref().unwrap_or("the queue holds queue.max_rows");
+                    let why = why.as_deref().unwrap_or(FULL_QUEUE);
                     log::error!(suppressed; "request refused: {why}");
                 }
             }

@@ -119,31 +119,49 @@ impl Control {
         Answer::Json(format!("{}\n", printable::json(&status)))
     }
 
-    /// Whether requests can be taken, and what stands in the way.
+    /// Whether requests can be taken, and all that stands in the way, a line each.
     fn readiness(&self) -> Answer {
-        if self.intake.is_draining() {
-            return page(503, "shutting down\n");
+        let (is_ready, hindrances) = self.hindrances();
+        let text = hindrances.join("\nand ");
+        match (is_ready, text.as_str()) {
+            (true, "") => page(200, "ok\n"),
+            (true, text) => page(200, format!("ok, but {text}\n")),
+            (false, text) => page(503, format!("{text}\n")),
         }
+    }
+
+    fn hindrances(&self) -> (bool, Vec<String>) {
         let admission = &self.intake.admission;
-        let Some(fault) = self.health.fault() else {
-            if let Some(shortage) = admission.shortage() {
-                return match admission.has_direct_room() && !admission.stores_all() {
-                    true => page(200, format!("ok, but nothing more is stored: {shortage}\n")),
-                    false => page(503, format!("{shortage}\n")),
-                };
-            }
-            return match self.destination.fault() {
-                None if self.destination.is_paused() => page(200, "ok, but the queue is paused\n"),
-                None => page(200, "ok\n"),
-                Some(fault) => page(200, format!("ok, but the destination is down: {fault}\n")),
-            };
-        };
-        if admission.has_spool() && admission.shortage().is_none() {
-            page(200, format!("ok, but requests go to the spool: {fault}\n"))
-        } else if admission.has_direct_room() {
-            page(200, format!("ok, but nothing can be stored: {fault}\n"))
-        } else {
-            page(503, format!("{fault}\n"))
+        let (fault, shortage) = (self.health.fault(), admission.shortage());
+        let is_stored = shortage.is_none() && (fault.is_none() || admission.has_spool());
+        // What finds no room for its row is refused; what finds no store goes direct instead.
+        let is_sent =
+            admission.has_direct_room() && (shortage.is_none() || !admission.stores_all());
+        let is_draining = self.intake.is_draining();
+        let mut hindrances = Vec::new();
+        if is_draining {
+            hindrances.push("shutting down".to_owned());
         }
+        if let Some(fault) = fault {
+            hindrances.push(match (is_stored, is_sent) {
+                (true, _) => format!("requests go to the spool: {fault}"),
+                (false, true) => format!("nothing can be stored: {fault}"),
+                (false, false) => fault.to_string(),
+            });
+        }
+        if let Some(shortage) = shortage {
+            hindrances.push(match is_sent {
+                true => format!("nothing more is stored: {shortage}"),
+                false => shortage,
+            });
+        }
+        hindrances.extend(admission.other_process());
+        let destination = &self.destination;
+        let fault = destination.fault();
+        hindrances.extend(fault.map(|fault| format!("the destination is down: {fault}")));
+        if destination.is_paused() {
+            hindrances.push("the queue is paused".to_owned());
+        }
+        (!is_draining && (is_stored || is_sent), hindrances)
     }
 }

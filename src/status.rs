@@ -15,6 +15,7 @@ use crate::metrics::Metrics;
 use crate::queue::Store;
 use crate::queue::health::StoreHealth;
 use crate::queue::identity::Identity;
+use crate::queue::spool::Spool;
 
 /// Knows where to look.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub struct Status {
     pub health: Arc<StoreHealth>,
     pub clock: Arc<Clock>,
     pub destination: Arc<Destination>,
-    pub has_spool: bool,
+    pub spool: Option<Arc<Spool>>,
     pub per_second: Arc<AtomicU32>,
     pub rate_scope: RateScope,
     pub started: Instant,
@@ -46,6 +47,7 @@ impl Status {
         let mut store = self.identity.to_json(self.store.instance());
         store["fault"] = json!(self.health.fault().map(|fault| fault.to_string()));
         store["shortage"] = json!(self.store.shortage());
+        store["other_process"] = json!(self.other_process());
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "state": if is_draining { "draining" } else { "running" },
@@ -86,8 +88,14 @@ impl Status {
                 "error": failure.error,
                 "seconds_ago": seconds(failure.at.elapsed()),
             })),
-            "spool": self.has_spool.then(|| json!({ "rows": self.metrics.spool.rows.get() })),
+            "spool": self.spool.is_some().then(|| json!({ "rows": self.metrics.spool.rows.get() })),
         })
+    }
+
+    /// Which other process serves a file of ours, too, if one does.
+    fn other_process(&self) -> Option<String> {
+        let of_spool = || self.spool.as_ref().and_then(|spool| spool.other_process());
+        self.store.other_process().or_else(of_spool)
     }
 
     /// Requests in memory that are on their way, leased ones included.
@@ -130,6 +138,9 @@ impl Status {
                 "; the reload {ago} ago failed, settings are as they were: {}",
                 failure.error
             );
+        }
+        if let Some(other) = self.other_process() {
+            line += &format!("; {other}");
         }
         if let Some(jump) = self.clock.jump() {
             let ago = about(jump.at.elapsed());

@@ -189,7 +189,7 @@ impl Stage {
             health: Arc::clone(&self.health),
             clock: Arc::clone(&self.clock),
             destination: Arc::clone(&self.destination),
-            has_spool: self.spool.is_some(),
+            spool: self.spool.clone(),
             per_second: Arc::clone(&self.tunables.per_second),
             rate_scope: config.queue.rate_scope,
             started: Instant::now(),

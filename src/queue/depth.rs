@@ -44,6 +44,13 @@ impl Depth {
         has_room
     }
 
+    /// Whether there is no room for one more that may be refused.
+    pub fn is_full(&self) -> bool {
+        let rows = self.counted.load(Ordering::Relaxed) + self.since.load(Ordering::Relaxed);
+        let rows_max = self.rows_max.load(Ordering::Relaxed);
+        rows_max > 0 && rows.max(0).unsigned_abs() >= rows_max
+    }
+
     pub fn add(&self, rows: i64) {
         self.since.fetch_add(rows, Ordering::Relaxed);
     }
@@ -68,8 +75,9 @@ mod tests {
     #[test]
     fn refuses_at_the_limit_and_takes_again_below() {
         let depth = Depth::new(2);
+        assert!(!depth.is_full());
         assert!(depth.try_enter() && depth.try_enter());
-        assert!(!depth.try_enter());
+        assert!(depth.is_full() && !depth.try_enter());
         // Acknowledged before, and so taken.
         depth.enter();
         depth.leave(1);

@@ -63,6 +63,18 @@ impl Appender {
         }
     }
 
+    /// Which other process serves a file of ours, too, if one does.
+    pub fn other_process(&self) -> Option<String> {
+        let spool = self.spool.as_ref();
+        let of_spool = || spool.and_then(|spool| spool.other_process());
+        self.store.other_process().or_else(of_spool)
+    }
+
+    /// Whether the queue holds as many rows as it may.
+    pub fn is_full(&self) -> bool {
+        self.health.depth.is_full()
+    }
+
     /// Whether rows are taken while the store does not work.
     pub fn has_spool(&self) -> bool {
         self.spool.as_ref().is_some_and(|spool| spool.works())

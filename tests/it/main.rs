@@ -60,6 +60,7 @@ mod postgres_store;
 mod probes;
 mod purge;
 mod queue_commands;
+mod readiness;
 mod refusals;
 mod reload;
 mod retry;
