@@ -178,9 +178,9 @@ impl Writing {
         let shared = &self.shared;
         match Lock::take(&shared.path) {
             Ok(Some(lock)) => {
-                log::info!(path:% = shared.path.display(); "the other process has ended: this one serves the queue");
                 self.ownership = Ownership::Ours { lock };
                 shared.note_other(None);
+                log::info!(path:% = shared.path.display(); "the other process has ended: this one serves the queue");
             }
             // It may be yet another.
             Ok(None) => shared.note_other(Some(lock::served_by(&shared.path))),
