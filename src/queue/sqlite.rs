@@ -443,9 +443,17 @@ impl Store for SqliteStore {
     }
 
     fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
+        let is_one = settlements.len() == 1;
         let settlements = settlements.to_vec();
-        self.write(Kind::Drains, move |transaction, now| {
+        let settled = self.write(Kind::Drains, move |transaction, now| {
             settle(transaction, now, &settlements)
+        });
+        settled.map_err(|error| match error {
+            // Each takes room in the log: of what is left of the disk, fewer may do with less.
+            StoreError::Unavailable(why) if !is_one && self.shared.room.is_given_up() => {
+                StoreError::Busy(why)
+            }
+            error => error,
         })
     }
 

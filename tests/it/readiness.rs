@@ -48,6 +48,7 @@ const DOWN: &str = "the destination is down: ";
 fn a_pause_is_shown_while_the_destination_is_down_and_after_it() {
     let (mut destination, setup) = to_nobody();
     let proxy = setup.start();
+    proxy.wait_for_store();
     let sent = open_breaker(&proxy);
     wait_until_ready_says(&proxy, 200, &["ok, but ", DOWN]);
     queue(&setup, "pause");
@@ -75,6 +76,7 @@ fn what_can_be_neither_stored_nor_sent_is_not_ready() {
         let (mut destination, setup) = to_nobody();
         let setup = setup.set(key, value);
         let proxy = setup.start();
+        proxy.wait_for_store();
         proxy.wait_for_store();
         // Those that go direct and fail are stored in any case.
         let sent = open_breaker(&proxy);

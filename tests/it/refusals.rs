@@ -233,9 +233,11 @@ fn a_row_refused_in_any_form_stays_in_the_spool_and_blocks_nothing() {
     let named = proxy.wait_for_log("the store refuses a row, it stays in the spool");
     assert!(named.contains("id="), "{named}");
     let metrics = metrics::wait_for(&proxy, "the bad ones alone in the spool", |metrics| {
-        metrics.get("asyncproxy_spool_rows") == 12.0 && metrics.is_balanced()
+        metrics.get("asyncproxy_spool_rows") == 12.0
+            && metrics.get("asyncproxy_delivered_total") == 20.0
+            && metrics.is_balanced()
     });
-    assert_eq!(metrics.get("asyncproxy_delivered_total"), 20.0);
+    assert_eq!(metrics.accepted(), 32.0);
     assert_eq!(proxy.log().matches("store does not work").count(), 1);
     // Once the store takes them, they come.
     for table in tables {
