@@ -121,6 +121,12 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// [`StoreError`].
     fn sample(&self) -> Result<Sample, StoreError>;
 
+    /// Whether an operator has paused the queue, as [`Sample::is_paused`], at once.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn is_paused(&self) -> Result<bool, StoreError>;
+
     /// Which other process serves it, too, though it is for one only, if so.
     fn other_process(&self) -> Option<String> {
         None

@@ -41,6 +41,9 @@ pub fn lease(request_timeout: Duration) -> (Duration, Instant) {
     (request_timeout + LEASE_MARGIN, send_until)
 }
 
+/// How often it is asked for how many rows there are, if that costs little, and for a pause.
+const LOOK_PAUSE: Duration = Duration::from_secs(1);
+
 /// Between two purges: as long as dead letters are kept, within these bounds.
 const PURGE_INTERVAL_MIN: Duration = Duration::from_secs(1);
 const PURGE_INTERVAL_MAX: Duration = Duration::from_secs(10 * 60);
@@ -455,11 +458,14 @@ impl Sampler {
     /// Runs until `stop` is closed.
     pub fn run(self) {
         let mut sample_at = Instant::now();
+        let mut took = Duration::ZERO;
+        let mut look_at = sample_at;
         let mut purge: Option<Purge> = None;
         loop {
             self.follow(&mut purge);
             let purge_at = purge.as_ref().map(|purge| purge.at);
-            let next = purge_at.map_or(sample_at, |at| at.min(sample_at));
+            let next = sample_at.min(look_at);
+            let next = purge_at.map_or(next, |at| at.min(next));
             if self.stop.recv_deadline(next) != Err(RecvTimeoutError::Timeout) {
                 break;
             }
@@ -469,7 +475,12 @@ impl Sampler {
                 self.purge(purge);
             }
             if sample_at <= now {
-                sample_at = self.sample();
+                let before = std::mem::replace(&mut took, self.sample());
+                sample_at = Instant::now() + pause_after(took.min(before));
+                look_at = Instant::now() + LOOK_PAUSE;
+            } else if look_at <= now {
+                self.look();
+                look_at = Instant::now() + LOOK_PAUSE;
             }
         }
         if let Some(mut purge) = purge {
@@ -489,8 +500,8 @@ impl Sampler {
         }
     }
 
-    /// Counts the rows, and tells when to do so again.
-    fn sample(&self) -> Instant {
+    /// Counts the rows, and tells how long that took.
+    fn sample(&self) -> Duration {
         let started = Instant::now();
         if let Some(jump) = self.clock.look() {
             let how = jump.describe();
@@ -518,13 +529,20 @@ impl Sampler {
                 }
             }
         }
-        // A count of a long queue takes its time: at most a twentieth of all time. One that found
-        // the store down took none of it.
-        let took = match self.health.fault() {
+        // One that found the store down took none of its time.
+        match self.health.fault() {
             Some(_) => Duration::ZERO,
             None => started.elapsed(),
-        };
-        Instant::now() + (20 * took).max(Duration::from_secs(1))
+        }
+    }
+
+    /// Follows a pause while no count is due: those of a long queue are far apart.
+    fn look(&self) {
+        if self.health.fault().is_none()
+            && let Ok(is_paused) = self.store.is_paused()
+        {
+            self.destination.set_paused(is_paused);
+        }
     }
 
     /// Deletes one batch. Counts go on between batches, and a stop need not wait for the last.
@@ -556,6 +574,13 @@ impl Sampler {
         };
         purge.at = Instant::now() + wait;
     }
+}
+
+/// Until the next count: that of a long queue takes at most a twentieth of all time. What counts
+/// is the shorter of two in a row, as one alone may have waited for a disk that was busy, which
+/// shall not leave the figures old for minutes.
+fn pause_after(took: Duration) -> Duration {
+    (20 * took).max(LOOK_PAUSE)
 }
 
 /// A purge of the dead letters: one under way, or the next.

@@ -48,8 +48,8 @@ use settle::Outcomes;
 use start::Start;
 use statements::{
     BEAT, CLAIM, CLAIM_BY_TOKENS, CLAIM_BY_TOKENS_UNORDERED, CLAIM_UNORDERED, GIVE_BACK_UNKNOWN,
-    LEAVE, PRESENT, PROBE, PROBE_ANYWHERE, PROBE_ANYWHERE_BY_TOKENS, PROBE_BY_TOKENS, PROBE_END,
-    PROBE_END_BY_TOKENS, PURGE, SAMPLE, TAKE_OVER,
+    IS_PAUSED, LEAVE, PRESENT, PROBE, PROBE_ANYWHERE, PROBE_ANYWHERE_BY_TOKENS, PROBE_BY_TOKENS,
+    PROBE_END, PROBE_END_BY_TOKENS, PURGE, SAMPLE, TAKE_OVER,
 };
 
 /// The longest delay or lease: what is later may as well be then.
@@ -390,6 +390,13 @@ impl Store for PostgresStore {
 
     fn sample(&self) -> Result<Sample, StoreError> {
         self.run(self.timeout, sample)
+    }
+
+    fn is_paused(&self) -> Result<bool, StoreError> {
+        self.run(self.timeout, |session| {
+            let row = session.query_typed_one(IS_PAUSED, &[])?;
+            Ok(row.try_get(0)?)
+        })
     }
 
     fn is_shared(&self) -> bool {

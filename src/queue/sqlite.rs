@@ -41,7 +41,8 @@ pub use lock::server_of;
 use rows::{add_ms, sub_ms, to_ms};
 pub(super) use spooled::SpoolPosition;
 use statements::{
-    SAMPLE, SELECT_FRESH, SELECT_FRESH_UNORDERED, SELECT_RETRIED, SELECT_RETRIED_UNORDERED,
+    IS_PAUSED, SAMPLE, SELECT_FRESH, SELECT_FRESH_UNORDERED, SELECT_RETRIED,
+    SELECT_RETRIED_UNORDERED,
 };
 use transactions::{append, claim, claim_probes, present, purge, settle};
 use uuid::Uuid;
@@ -488,6 +489,17 @@ impl Store for SqliteStore {
         self.with_reader(|reader| {
             reader
                 .query_row(SAMPLE, [now], sample)
+                .map_err(|error| self.shared.describe(&error))
+        })
+    }
+
+    fn is_paused(&self) -> Result<bool, StoreError> {
+        if let Some(hangs) = self.executor.hangs() {
+            return Err(hangs);
+        }
+        self.with_reader(|reader| {
+            reader
+                .query_row(IS_PAUSED, [], |row| row.get(0))
                 .map_err(|error| self.shared.describe(&error))
         })
     }

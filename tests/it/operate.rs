@@ -351,9 +351,11 @@ fn nothing_is_claimed_while_paused(bench: &Bench) {
     let (store, other) = (&*bench.operate(), &*bench.operate());
     let id = append_one(store);
     assert!(!store.sample().unwrap().is_paused);
+    assert_eq!(store.is_paused(), Ok(false));
     assert_eq!(store.set_paused(true), Ok(true));
     assert_eq!(store.set_paused(true), Ok(false));
     assert!(other.sample().unwrap().is_paused);
+    assert_eq!(other.is_paused(), Ok(true));
     for class in [Class::Fresh, Class::Retried] {
         let claim = other.claim(class, 10, usize::MAX, LEASE).unwrap();
         assert!(claim.rows.is_empty() && claim.held_back.is_none());

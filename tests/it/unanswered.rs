@@ -3,14 +3,16 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use asyncproxy::breaker::Destination;
 use asyncproxy::metrics::Metrics;
 use asyncproxy::queue::depth::Depth;
 use asyncproxy::queue::health::StoreHealth;
-use asyncproxy::queue::poller::Wake;
+use asyncproxy::queue::operate::Operate;
+use asyncproxy::queue::poller::{Sampler, Wake};
 use asyncproxy::queue::settler::Settler;
 use asyncproxy::queue::writer::{Place, Writer};
 use asyncproxy::queue::{
@@ -20,7 +22,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use uuid::Uuid;
 
 use crate::contract::{Bench, LEASE, claim, counts, delivered, request, row};
-use crate::support::proxy::wait_until;
+use crate::support::proxy::{PATIENCE, wait_until};
 
 /// A store whose answers are lost as long as it is told so, after it has done what was asked.
 #[derive(Debug)]
@@ -79,6 +81,10 @@ impl Store for Mute {
 
     fn sample(&self) -> Result<Sample, StoreError> {
         self.store.sample()
+    }
+
+    fn is_paused(&self) -> Result<bool, StoreError> {
+        self.store.is_paused()
     }
 }
 
@@ -187,6 +193,110 @@ impl Store for Hung {
     fn sample(&self) -> Result<Sample, StoreError> {
         unreachable!("nobody counts");
     }
+
+    fn is_paused(&self) -> Result<bool, StoreError> {
+        unreachable!("nobody asks");
+    }
+}
+
+/// A store that takes its time to count as many times as it is told.
+#[derive(Debug)]
+struct Slow {
+    store: Arc<dyn Operate>,
+    takes: Duration,
+    slow_counts: usize,
+    counts: AtomicUsize,
+}
+
+impl Store for Slow {
+    fn append(&self, rows: &[NewRow]) -> Result<(), StoreError> {
+        self.store.append(rows)
+    }
+
+    fn present(&self, ids: &[Uuid]) -> Result<HashSet<Uuid>, StoreError> {
+        self.store.present(ids)
+    }
+
+    fn claim(
+        &self,
+        class: Class,
+        limit: usize,
+        bytes_max: usize,
+        lease: Duration,
+    ) -> Result<Claim, StoreError> {
+        self.store.claim(class, limit, bytes_max, lease)
+    }
+
+    fn claim_probes(&self, wanted: &Probe<'_>, lease: Duration) -> Result<Claim, StoreError> {
+        self.store.claim_probes(wanted, lease)
+    }
+
+    fn settle(&self, settlements: &[Settlement]) -> Result<Settled, StoreError> {
+        self.store.settle(settlements)
+    }
+
+    fn purge(&self, older_than: Duration, limit: usize) -> Result<u64, StoreError> {
+        self.store.purge(older_than, limit)
+    }
+
+    fn sample(&self) -> Result<Sample, StoreError> {
+        let result = self.store.sample();
+        if self.counts.fetch_add(1, Ordering::SeqCst) < self.slow_counts {
+            thread::sleep(self.takes);
+        }
+        result
+    }
+
+    fn is_paused(&self) -> Result<bool, StoreError> {
+        self.store.is_paused()
+    }
+}
+
+/// Runs a sampler over such a store while `check` looks at what it makes of it.
+fn while_sampled(slow_counts: usize, check: impl FnOnce(&Slow, &Destination)) {
+    let bench = Bench::sqlite(true);
+    let slow = Arc::new(Slow {
+        store: bench.operate(),
+        // At a twentieth of all time, the next count is further away than anybody here waits.
+        takes: PATIENCE / 19,
+        slow_counts,
+        counts: AtomicUsize::new(0),
+    });
+    let (health, metrics) = health();
+    let destination = Arc::new(Destination::new(10, Arc::clone(&metrics)));
+    let (stopper, stop) = bounded(0);
+    let sampler = Sampler {
+        store: slow.clone(),
+        health,
+        metrics,
+        destination: Arc::clone(&destination),
+        clock: Arc::default(),
+        dead_retention: Arc::default(),
+        stop,
+    };
+    let sampling = thread::spawn(move || sampler.run());
+    check(&slow, &destination);
+    drop(stopper);
+    sampling.join().unwrap();
+}
+
+#[test]
+fn one_slow_count_does_not_leave_the_figures_old() {
+    while_sampled(1, |slow, _| {
+        wait_until("a third count", || slow.counts.load(Ordering::SeqCst) >= 3);
+    });
+}
+
+#[test]
+fn a_pause_is_followed_between_counts_that_are_far_apart() {
+    while_sampled(usize::MAX, |slow, destination| {
+        wait_until("a second count", || slow.counts.load(Ordering::SeqCst) == 2);
+        slow.store.set_paused(true).unwrap();
+        wait_until("the pause", || destination.is_paused());
+        slow.store.set_paused(false).unwrap();
+        wait_until("its end", || !destination.is_paused());
+        assert_eq!(slow.counts.load(Ordering::SeqCst), 2);
+    });
 }
 
 /// Both the one whose append hangs and those behind it, long before their own time is over.

@@ -365,6 +365,8 @@ pub(super) const SAMPLE: &str = "
          WHERE attempt > 1
       ) AS classes";
 
+pub(super) const IS_PAUSED: &str = "SELECT EXISTS (SELECT FROM proxy_pause)";
+
 /// `$1` is there; is anybody not heard of for `$2` seconds? Nothing rests on this being on the disk.
 pub(super) const BEAT: &str = "
     WITH beat AS (
