@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use asyncproxy::config::SETTINGS;
+use serde_json::Value;
 
 use crate::support::destination::{Answer, Destination};
 use crate::support::http;
@@ -143,4 +145,41 @@ fn readme_and_program_have_the_same_metrics() {
         })
         .collect();
     assert_eq!(documented, exported);
+}
+
+/// `1.91` and `1.91.0` as numbers.
+fn rust_version(text: &str) -> Vec<u32> {
+    let parts = text.split('.').map(|part| part.parse().expect("a number"));
+    parts.chain([0]).take(3).collect()
+}
+
+/// The Rust that README and Cargo.toml name builds each package of the lock file.
+#[test]
+fn the_rust_version_is_enough_for_each_dependency() {
+    let own = env!("CARGO_PKG_RUST_VERSION");
+    let readme = file("README.md");
+    assert_eq!(
+        readme.matches(&format!("Rust {own} or later")).count(),
+        readme.matches("or later and a C compiler").count(),
+        "README.md names another Rust than {own}"
+    );
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let platform = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let output = Command::new(cargo)
+        .args(["metadata", "--locked", "--offline", "--format-version=1"])
+        .args(["--filter-platform", &platform])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo metadata");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    let metadata: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let packages = metadata["packages"].as_array().expect("packages");
+    assert!(packages.len() > 50, "{}", packages.len());
+    let newer: Vec<_> = packages
+        .iter()
+        .filter_map(|package| Some((package["id"].as_str()?, package["rust_version"].as_str()?)))
+        .filter(|(_, needed)| rust_version(needed) > rust_version(own))
+        .collect();
+    assert!(newer.is_empty(), "need more than Rust {own}: {newer:?}");
 }
