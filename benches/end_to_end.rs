@@ -4,7 +4,7 @@
 
 #![allow(
     clippy::unwrap_used,
-    clippy::print_stdout,
+    clippy::print_stderr,
     unreachable_pub,
     reason = "a benchmark"
 )]
@@ -14,11 +14,12 @@ mod support;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use support::criteria::{self, is_test, sample_min};
+use support::criteria::{self, sample_min};
 use support::load::Senders;
 use support::pipeline::{Measured, Pipeline};
 use support::program::postgres;
 use support::program::proxy::Setup;
+use support::report::{self, Aside};
 use support::table::{Cell, Table};
 
 const STORES: [&str; 2] = ["sqlite", "postgres"];
@@ -54,19 +55,22 @@ const WAYS: [Way; 3] = [
 
 fn main() {
     let mut criterion = criteria::criterion();
+    let aside = Aside::take("end_to_end");
     let columns = WAYS.map(|way| way.name.to_owned());
     let title = format!("Delivered a second, {CONNECTIONS} connections");
     let mut table = Table::new(&title, "store/body", columns.into());
     for store in STORES {
         if store == "postgres" && postgres::find_server_program("initdb").is_none() {
-            println!("Postgres is left out: it is not installed (no initdb was found)");
+            eprintln!("Postgres is left out: it is not installed (no initdb was found)");
             continue;
         }
         end_to_end(&mut criterion, store, &mut table);
     }
     criterion.final_summary();
-    if !is_test() {
+    if let Some(aside) = aside {
+        let said = aside.put_back();
         table.print(false);
+        report::print_where(&[], &said);
     }
 }
 

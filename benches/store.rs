@@ -21,6 +21,8 @@ mod cluster;
 mod figures;
 #[path = "support/queue.rs"]
 mod queue;
+#[path = "support/report.rs"]
+mod report;
 #[path = "support/rows.rs"]
 mod rows;
 
@@ -39,6 +41,7 @@ use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput
 use bare::{CLAIM_ROWS, Database};
 use figures::Figures;
 use queue::{Disk, Kind, Queue, TIMEOUT, settlements};
+use report::Aside;
 use rows::Body;
 
 /// What is compared with a bare loop.
@@ -93,9 +96,13 @@ const GROUPS: [(&str, &[What]); 5] = [
 ];
 
 fn main() {
-    let is_test = figures::is_test();
-    let waiting = if is_test { CLAIM_ROWS } else { WAITING_ROWS };
+    let waiting = if report::is_test() {
+        CLAIM_ROWS
+    } else {
+        WAITING_ROWS
+    };
     let mut criterion = Criterion::default().configure_from_args();
+    let aside = Aside::take("store");
     let mut figures = Figures::default();
     let bodies = [Body::new("2KB", 2000), Body::new("8.9KB", 8900)];
     let directory = queue::choose_directory();
@@ -118,8 +125,10 @@ fn main() {
         }
     }
     criterion.final_summary();
-    if !is_test {
+    if let Some(aside) = aside {
+        let said = aside.put_back();
         print!("{figures}");
+        report::print_where(&[], &said);
     }
 }
 

@@ -7,15 +7,18 @@
 mod support;
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{AxisScale, BenchmarkGroup, BenchmarkId, Criterion, PlotConfiguration};
-use support::criteria::{self, is_test, sample_min};
+use support::criteria::{self, sample_min};
 use support::load::Senders;
 use support::pipeline::{Measured, Pipeline};
+use support::plot::{Line, Plot};
 use support::program::proxy::Setup;
 use support::program::{http, store, usage};
+use support::report::{self, Aside, is_test};
 use support::table::{Cell, Table};
 
 const NUM_CLIENTS: [usize; 5] = [1, 8, 32, 128, 700];
@@ -32,12 +35,12 @@ fn main() {
     // One for each thread's connection.
     usage::raise_own_descriptor_limit();
     let mut criterion = criteria::criterion();
+    let aside = Aside::take("thread_counts");
     let direct = direct(&mut criterion);
     let drained = drain(&mut criterion);
     criterion.final_summary();
-    if is_test() {
-        return;
-    }
+    let Some(aside) = aside else { return };
+    let said = aside.put_back();
     print(
         "Direct: delivered a second, and in what time 99 % of the senders had their answer",
         "proxy.num_clients",
@@ -50,11 +53,20 @@ fn main() {
         &WORKERS,
         &drained,
     );
+    let plots = [
+        plot("Direct", "proxy.num_clients", &NUM_CLIENTS, &direct),
+        plot("Drain", "queue.workers", &WORKERS, &drained),
+    ];
+    let plots: Vec<_> = plots.into_iter().flatten().collect();
+    report::print_where(&plots, &said);
+}
+
+fn destination(latency: u64) -> String {
+    format!("answers in {latency} ms")
 }
 
 fn print(title: &str, setting: &str, threads: &[usize], results: &Results) {
-    let columns = LATENCIES_MS.map(|latency| format!("answers in {latency} ms"));
-    let mut table = Table::new(title, setting, columns.into());
+    let mut table = Table::new(title, setting, LATENCIES_MS.map(destination).into());
     for threads in threads {
         let cells = LATENCIES_MS.map(|latency| results.get(&(*threads, latency)).cloned());
         table.row(threads, cells.into());
@@ -62,13 +74,40 @@ fn print(title: &str, setting: &str, threads: &[usize], results: &Results) {
     table.print(true);
 }
 
-/// Plotted as a line for each latency, over the number of threads. With a throughput, Criterion
-/// would not take that for the x axis.
+/// Returns where the picture is, if there was something to draw.
+fn plot(title: &str, setting: &str, threads: &[usize], results: &Results) -> Option<PathBuf> {
+    let line = |latency| {
+        let point = |threads: &usize| {
+            let cell = results.get(&(*threads, latency))?;
+            Some((*threads as f64, cell.per_second))
+        };
+        Line {
+            name: destination(latency),
+            points: threads.iter().filter_map(point).collect(),
+        }
+    };
+    let plot = Plot {
+        title: &format!("{title}: deliveries a second by {setting}"),
+        threads: &format!("{setting} (threads)"),
+        lines: LATENCIES_MS.map(line).into(),
+    };
+    let path = report::directory().join(format!("thread_counts-{}.svg", title.to_lowercase()));
+    let is_drawn = plot.write(&path).unwrap();
+    is_drawn.then_some(path)
+}
+
+/// Criterion plots it as a line for each latency, over the number of threads. With a throughput,
+/// it would not take that for the x axis.
 fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
     let mut group = criteria::group(criterion, name);
     let plot = PlotConfiguration::default().summary_scale(AxisScale::Logarithmic);
     group.plot_config(plot);
     group
+}
+
+/// Criterion sorts its legend by name: the figures are of the same length.
+fn id(latency: u64, threads: usize) -> BenchmarkId {
+    BenchmarkId::new(format!("{latency:02}ms"), threads)
 }
 
 fn direct(criterion: &mut Criterion) -> Results {
@@ -78,7 +117,7 @@ fn direct(criterion: &mut Criterion) -> Results {
         for threads in NUM_CLIENTS {
             let mut pipeline = None;
             let mut measured = Measured::default();
-            let id = BenchmarkId::new(format!("{latency}ms"), threads);
+            let id = id(latency, threads);
             group.bench_function(id, |bencher| {
                 let pipeline = pipeline.get_or_insert_with(|| start_direct(threads, latency));
                 bencher.iter_custom(|requests| {
@@ -127,7 +166,7 @@ fn drain(criterion: &mut Criterion) -> Results {
     for latency in LATENCIES_MS {
         for threads in WORKERS {
             let mut drain = None;
-            let id = BenchmarkId::new(format!("{latency}ms"), threads);
+            let id = id(latency, threads);
             group.bench_function(id, |bencher| {
                 let stored = stored.get_or_insert_with(Stored::fill);
                 let drain = drain.get_or_insert_with(|| Drain::new(threads, latency));

@@ -5,6 +5,8 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, SamplingMode};
 
+use super::report::is_test;
+
 /// Of one sample, at least: deliveries come in bursts, as many at once as there are threads.
 const SAMPLE: Duration = Duration::from_millis(100);
 
@@ -26,13 +28,6 @@ pub fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a,
     let mut group = criterion.benchmark_group(name);
     group.sampling_mode(SamplingMode::Flat);
     group
-}
-
-/// Whether everything is only tried once, as Criterion decides it: with `cargo test --benches`
-/// and `cargo bench -- --test`.
-pub fn is_test() -> bool {
-    let has = |name: &str| std::env::args().any(|argument| argument == name);
-    has("--test") || !has("--bench")
 }
 
 /// How long a sample takes at least.

@@ -8,12 +8,6 @@ use crate::queue::Kind;
 
 pub const SAMPLES: usize = 10;
 
-/// Whether everything is only to be run once, as criterion decides it.
-pub fn is_test() -> bool {
-    let has = |wanted| std::env::args().any(|argument| argument == wanted);
-    !has("--bench") || has("--test")
-}
-
 type Name = (Kind, What, &'static str);
 
 /// By what was measured, in the order of the first measurement. Warming up is in it, too.

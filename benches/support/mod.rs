@@ -13,6 +13,8 @@ pub mod destination;
 pub mod discard;
 pub mod load;
 pub mod pipeline;
+pub mod plot;
+pub mod report;
 pub mod table;
 pub mod tally;
 

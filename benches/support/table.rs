@@ -76,7 +76,7 @@ fn shown(cell: &Option<Cell>) -> String {
 }
 
 /// A number as a human reads it: `12,345`.
-fn thousands(number: f64) -> String {
+pub fn thousands(number: f64) -> String {
     let digits = format!("{number:.0}");
     let mut text = String::new();
     for (index, digit) in digits.chars().enumerate() {
