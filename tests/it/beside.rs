@@ -55,10 +55,7 @@ fn waiting(route: Route, count: usize) -> (Destination, Setup, Proxy) {
         .set("queue.backoff_max", "1h");
     let proxy = setup.start();
     proxy.accept(0..count);
-    metrics::wait_for(&proxy, "all waiting", |metrics| {
-        metrics.rows("waiting") == count as f64
-            && metrics.get("asyncproxy_attempts_total{outcome=\"later\"}") == count as f64
-    });
+    store::wait_for_tried(&setup, count);
     (destination, setup, proxy)
 }
 

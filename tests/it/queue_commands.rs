@@ -71,10 +71,7 @@ fn waiting(route: Route, count: usize) -> (Destination, Setup, Proxy) {
         let post = http::request("POST", &target, &lines, body.as_bytes());
         assert_eq!(proxy.send(&post).status, 200);
     }
-    metrics::wait_for(&proxy, "all waiting", |metrics| {
-        metrics.rows("waiting") == count as f64
-            && metrics.get("asyncproxy_attempts_total{outcome=\"later\"}") == count as f64
-    });
+    store::wait_for_tried(&setup, count);
     (destination, setup, proxy)
 }
 
@@ -305,9 +302,7 @@ fn the_status_is_told_with_and_without_an_instance(route: Route) {
         .set("queue.backoff_max", "1h");
     let proxy = setup.start();
     proxy.accept(0..4);
-    metrics::wait_for(&proxy, "all waiting", |metrics| {
-        metrics.rows("waiting") == 4.0
-    });
+    store::wait_for_tried(&setup, 4);
     let bind = format!("METRICS_BIND={}", proxy.control);
     let mut command = setup.command();
     let (name, value) = bind.split_once('=').unwrap();
@@ -355,9 +350,7 @@ fn a_queue_moves_from_sqlite_to_postgres_and_back() {
         &[0, 159, 146, 150, 255],
     );
     assert_eq!(proxy.send(&binary).status, 200);
-    metrics::wait_for(&proxy, "one more waiting", |metrics| {
-        metrics.rows("waiting") == 8.0
-    });
+    store::wait_for_tried(&sqlite, 8);
     queue(&sqlite, &["bury", "--path", "/hook/3"]);
     proxy.stop();
 

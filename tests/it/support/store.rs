@@ -2,7 +2,7 @@
 
 use rusqlite::OpenFlags;
 
-use super::proxy::Setup;
+use super::proxy::{Setup, wait_until};
 
 /// A request that was given up.
 #[derive(Debug, PartialEq, Eq)]
@@ -19,6 +19,8 @@ const COUNT: &str = "SELECT count(*) FROM proxy_requests";
 // As text: one store has a boolean, the other a number.
 const COUNT_LEASED: &str =
     "SELECT count(*) FROM proxy_requests WHERE CAST(leased AS text) IN ('1', 'true')";
+const COUNT_TRIED: &str = "SELECT count(*) FROM proxy_requests WHERE attempt > 0 \
+                           AND CAST(leased AS text) NOT IN ('1', 'true')";
 const DEAD: &str = "SELECT attempt, last_status, last_error, method, target, body \
                     FROM proxy_dead_letters ORDER BY received_at, body";
 
@@ -55,6 +57,15 @@ pub fn rows(setup: &Setup) -> i64 {
 /// Rows that are leased, whether the lease is over or not.
 pub fn leased(setup: &Setup) -> i64 {
     count(setup, COUNT_LEASED)
+}
+
+/// Waits until all of `count` rows have been tried and wait for another attempt: with a backoff that
+/// is long enough, nothing moves any more. Metrics are of no use for that, as rows are counted a
+/// second before now and then.
+pub fn wait_for_tried(setup: &Setup, count: usize) {
+    wait_until("each row to have been tried", || {
+        usize::try_from(self::count(setup, COUNT_TRIED)) == Ok(count)
+    });
 }
 
 fn count(setup: &Setup, query: &str) -> i64 {
